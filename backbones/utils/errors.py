@@ -1,0 +1,79 @@
+"""One way for every command to end on bad input: a clear message, a non-zero exit code, a traceback only with --debug."""
+
+import difflib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+
+DEBUG_FLAG = "--debug"
+
+
+class UserError(ValueError):
+    """A problem the user can fix. The message says what came, what is allowed and what to do."""
+
+
+def suggest(word: str, allowed: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for the allowed name nearest to ``word``, or ``""``."""
+    nearest = difflib.get_close_matches(str(word), [str(a) for a in allowed], n=1, cutoff=0.5)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def check_choice(setting: str, value: object, allowed: Iterable[object]) -> None:
+    """Raises UserError naming ``setting``, the value and the allowed ones unless ``value`` is one of them."""
+    allowed = list(allowed)
+    if value not in allowed:
+        names = ", ".join(repr(a) for a in allowed)
+        raise UserError(f"{setting} is {value!r}; allowed: {names}.{suggest(str(value), map(str, allowed))}")
+
+
+def check_keys(where: str, keys: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raises UserError naming the first of ``keys`` that is not ``allowed`` and the nearest valid name."""
+    allowed = list(allowed)
+    for key in keys:
+        if key not in allowed:
+            raise UserError(f"{where} has no key {key!r}.{suggest(key, allowed)} Valid keys: {', '.join(allowed)}.")
+
+
+def describe(error: BaseException) -> str | None:
+    """The message for an error a user can act on, or None when the error is a defect of the program."""
+    if isinstance(error, UserError):
+        text = str(error)
+        # A DataLoader worker's exception arrives as its traceback; the message is what follows the class name.
+        return text.rsplit("UserError: ", 1)[-1].strip() if "Original Traceback" in text else text
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no disk space left while writing {error.filename or 'a file'}. Free space or choose another folder."
+    if isinstance(error, PermissionError):
+        return f"no permission for {error.filename}. Choose a folder you may write to, or change its permissions."
+    return None
+
+
+def run_main(main: Callable[[list[str]], int | None]) -> None:
+    """Runs ``main(argv)`` as a command and exits: 0 done, 2 a problem of the user's, 130 interrupted, 1 a defect."""
+    argv = sys.argv[1:]
+    debug = DEBUG_FLAG in argv
+    argv = [a for a in argv if a != DEBUG_FLAG]
+    try:
+        sys.exit(main(argv) or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        message = describe(error)
+        if debug:
+            traceback.print_exc()
+        if message is None:
+            message = f"{type(error).__name__}: {error} (a defect of this program; run again with {DEBUG_FLAG})"
+        print(f"error: {message}", file=sys.stderr)
+        sys.stderr.flush()
+        code = 2 if describe(error) is not None else 1
+        # Data-loader workers may still be alive; a plain exit would wait for them.
+        os._exit(code) if _has_children() else sys.exit(code)
+
+
+def _has_children() -> bool:
+    import multiprocessing
+
+    sys.stdout.flush()
+    return bool(multiprocessing.active_children())

@@ -1,0 +1,67 @@
+"""Files that are whole or absent: written under a temporary name, then renamed."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .errors import UserError
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` that takes its name on success and is removed on failure."""
+    path = Path(path)
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Creates a folder and its parents; a file in the way is a UserError."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"cannot make the folder {path}: a file is in the way. Choose another output folder.") from None
+    return path
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes ``text`` as UTF-8, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes ``value`` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False, default=str) + "\n")
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Reads JSON; ``what`` names the file's role in the error for a missing or broken one."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{what}: {path} does not exist. Check the path.") from None
+    except (IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{what}: {path} is not valid JSON ({error}). Write it again or give another file.") from None
+
+
+def save_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
+    """Writes tensors as safetensors, with ``metadata`` (JSON values) in the header."""
+    from safetensors.torch import save_file
+
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    header = {key: json.dumps(value, default=str) for key, value in (metadata or {}).items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=header)

@@ -1,0 +1,90 @@
+"""What a run leaves beside its weights: metrics.jsonl, TensorBoard events, run.json, metrics.json."""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .files import make_folder, write_json
+
+_PACKAGES = ("torch", "torchvision", "timm", "triton", "detectron2", "onedl-mmsegmentation", "onedl-mmengine", "numpy")
+
+
+class MetricsLog:
+    """Appends (step, epoch, split, name, value) rows to ``metrics.jsonl`` and the same values to TensorBoard.
+
+    Only the main process should hold one. ``resume_step`` drops rows past that step, written by a run that stopped
+    after its last checkpoint, so that a resumed run leaves one row per step.
+    """
+
+    def __init__(self, folder: str | Path, resume_step: int | None = None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = make_folder(folder)
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            rows = read_metrics(path) if resume_step is not None else []
+            kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_step)
+
+    def write(self, step: int, epoch: float | None, split: str, values: dict[str, float]) -> None:
+        """One row per value. ``split`` is train or val."""
+        for name, value in values.items():
+            value = float(value)
+            row = {"step": step, "epoch": epoch, "split": split, "name": name, "value": value}
+            self._file.write(json.dumps(row) + "\n")
+            self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut short by a crash is dropped."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_provenance(folder: str | Path, config: Any, seed: int | None, protocol: dict[str, Any]) -> None:
+    """Writes run.json: the resolved config, seed, data protocol, versions, git commit, command and machine."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    write_json(
+        Path(folder) / "run.json",
+        {
+            "command": sys.argv,
+            "config": config,
+            "seed": seed,
+            "data_protocol": protocol,
+            "git_commit": git_commit(),
+            "versions": {"python": platform.python_version(), **versions},
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
+        },
+    )
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with ``-dirty`` when tracked files differ from it; None outside a repository."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
