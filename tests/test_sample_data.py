@@ -1,0 +1,168 @@
+"""Is the sample data what the three tasks read, repeatable, and never written over someone's files?"""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_sample_data import main, make_sample_data
+from PIL import Image
+from pycocotools.coco import COCO
+from sample_data.objects import CLASSES
+from sample_data.scenes import PHOTOGRAPHS
+
+from backbones.utils.errors import UserError
+
+SCENES, OBJECTS = (20, 4), (3, 2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return make_sample_data(tmp_path_factory.mktemp("made") / "data", seed=3, scenes=SCENES, objects=OBJECTS)
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_same_seed_gives_the_same_files(made, tmp_path):
+    again = make_sample_data(tmp_path / "again", seed=3, scenes=SCENES, objects=OBJECTS)
+    assert digest(again) == digest(made)
+
+
+def test_another_seed_gives_other_pictures(made, tmp_path):
+    other = digest(make_sample_data(tmp_path / "other", seed=4, scenes=(2, 1), objects=(1, 1)))
+    same = [name for name, value in other.items() if name.endswith(".jpg") and digest(made).get(name) == value]
+    assert same == []
+
+
+def test_an_image_does_not_depend_on_how_many_are_made(made, tmp_path):
+    fewer = digest(make_sample_data(tmp_path / "fewer", seed=3, scenes=(2, 1), objects=(1, 1)))
+    assert all(digest(made)[name] == value for name, value in fewer.items() if name.endswith((".jpg", ".png")))
+
+
+def test_training_and_validation_share_no_photograph():
+    assert not set(PHOTOGRAPHS["train"]) & set(PHOTOGRAPHS["val"])
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", OBJECTS[0]), ("val", OBJECTS[1])])
+def test_classification_has_one_folder_per_class(made, split, count):
+    folders = {p.name: len(list(p.glob("*.jpg"))) for p in (made / "classification" / split).iterdir()}
+    assert folders == dict.fromkeys(CLASSES, count)
+
+
+@pytest.fixture(scope="module")
+def coco(made) -> COCO:
+    return COCO(str(made / "detection/annotations/train.json"))
+
+
+def test_coco_json_has_polygons_both_kinds_of_rle_and_crowds(coco):
+    kinds = Counter()
+    for annotation in coco.anns.values():
+        segmentation = annotation["segmentation"]
+        if isinstance(segmentation, list):
+            kind = "polygon"
+        else:
+            kind = "compressed" if isinstance(segmentation["counts"], str) else "uncompressed"
+        kinds[kind] += 1
+        kinds["crowd"] += annotation["iscrowd"]
+        assert not (annotation["iscrowd"] and kind == "polygon")
+    assert min(kinds[k] for k in ("polygon", "compressed", "uncompressed", "crowd")) > 0
+    assert kinds["polygon"] > kinds["compressed"] + kinds["uncompressed"]
+
+
+def test_coco_categories_are_not_contiguous(coco):
+    ids = sorted(coco.cats)
+    assert len(ids) == len(CLASSES)
+    assert ids != list(range(ids[0], ids[0] + len(ids)))
+
+
+def test_box_and_area_agree_with_the_decoded_mask(coco):
+    for annotation in coco.anns.values():
+        mask = coco.annToMask(annotation)
+        ys, xs = np.nonzero(mask)
+        box = [xs.min(), ys.min(), xs.max() + 1 - xs.min(), ys.max() + 1 - ys.min()]
+        assert np.abs(np.subtract(box, annotation["bbox"])).max() <= 1
+        assert abs(mask.sum() - annotation["area"]) <= 0.12 * annotation["area"] + 6
+
+
+def test_segmentation_mask_agrees_with_the_instances(made, coco):
+    agreeing = labelled = 0
+    label_of = {i: k for k, i in enumerate(sorted(coco.cats))}
+    for image in coco.imgs.values():
+        values = np.array(
+            Image.open(made / "segmentation/annotations/training" / image["file_name"].replace("jpg", "png"))
+        )
+        assert values.dtype == np.uint8
+        assert values.max() <= 1 + len(CLASSES)
+        for annotation in coco.imgToAnns[image["id"]]:
+            inside = values[coco.annToMask(annotation).astype(bool)]
+            inside = inside[inside > 0]
+            agreeing += (inside == 2 + label_of[annotation["category_id"]]).sum()
+            labelled += len(inside)
+    assert agreeing > 0.98 * labelled
+
+
+def test_segmentation_has_unlabelled_borders_and_background(made):
+    values = np.array(Image.open(made / "segmentation/annotations/training/train_00000.png"))
+    assert 0 < (values == 0).mean() < 0.3
+    assert (values == 1).mean() > 0.3
+    assert json.loads((made / "segmentation/classes.json").read_text()) == ["background", *CLASSES]
+
+
+def test_detection_and_segmentation_show_the_same_scenes(made):
+    a = (made / "detection/val/val_00001.jpg").read_bytes()
+    assert a == (made / "segmentation/images/validation/val_00001.jpg").read_bytes()
+
+
+def test_a_second_call_does_nothing(made, capsys):
+    before = {p: p.stat().st_mtime_ns for p in made.rglob("*")}
+    make_sample_data(made, seed=3, scenes=SCENES, objects=OBJECTS)
+    assert {p: p.stat().st_mtime_ns for p in made.rglob("*")} == before
+    assert "already" in capsys.readouterr().out
+
+
+def test_a_damaged_data_set_is_made_again(tmp_path):
+    out = make_sample_data(tmp_path / "d", scenes=(1, 1), objects=(1, 1))
+    lost = out / "detection/val/val_00000.jpg"
+    lost.unlink()
+    make_sample_data(out, scenes=(1, 1), objects=(1, 1))
+    assert lost.exists()
+
+
+def test_other_settings_replace_the_data(tmp_path):
+    out = make_sample_data(tmp_path / "d", scenes=(1, 1), objects=(1, 1))
+    make_sample_data(out, scenes=(2, 1), objects=(1, 1))
+    assert len(list((out / "detection/train").iterdir())) == 2
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path, ours):
+    out = tmp_path / "d"
+    if ours:
+        make_sample_data(out, scenes=(1, 1), objects=(1, 1))
+    out.mkdir(exist_ok=True)
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        make_sample_data(out, scenes=(2, 1), objects=(1, 1))
+    assert (out / "thesis.txt").read_text() == "mine"
+
+
+def test_a_failure_on_the_way_leaves_nothing(tmp_path, monkeypatch):
+    def full_disk(*_args, **_kwargs):
+        raise OSError(28, "No space left on device", "x")
+
+    monkeypatch.setattr("make_sample_data.write_scenes", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        make_sample_data(tmp_path / "d", scenes=(1, 1), objects=(1, 1))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--scenes-val", "0"], ["--objects-train", "-1"], ["--seed", "-1"]])
+def test_sizes_below_one_are_refused(tmp_path, arguments):
+    with pytest.raises(UserError, match=r"at least 1|0 or more"):
+        main(["--out", str(tmp_path / "d"), *arguments])
+    assert list(tmp_path.iterdir()) == []

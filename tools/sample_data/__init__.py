@@ -1,0 +1,1 @@
+"""Sample scenes for the demo and the tests: drawn objects of eight classes on real photographs."""
