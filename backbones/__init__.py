@@ -1,0 +1,9 @@
+"""Kolmogorov-Arnold vision backbones: KArAt attention and GR-KAN feed-forwards in one ViT trunk."""
+
+from .config import AttentionConfig, BackboneConfig, FfnConfig
+from .models.presets import list_backbones
+from .registry import create_backbone, register_with_timm
+
+__all__ = ["AttentionConfig", "BackboneConfig", "FfnConfig", "create_backbone", "list_backbones"]
+
+register_with_timm()

@@ -1,0 +1,267 @@
+"""Weights in and out: files or timm models into a backbone at any size, with a report of what matched."""
+
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import BackboneConfig
+from .layers.karat import TOKEN_AXIS
+from .layers.resample import Grid, resample_tokens
+from .utils.errors import UserError
+from .utils.files import save_weights
+
+_ANCHOR = "patch_embed.proj.weight"  # every ViT has it: what stands before it is the wrapper's prefix
+_WRAPPERS = ("model", "state_dict", "model_ema", "state_dict_ema", "teacher")
+
+
+@dataclass
+class MatchReport:
+    """What ``load_weights`` did; ``share`` is the part of the backbone's parameters (classifier apart) it filled."""
+
+    source: str
+    arch: str
+    total: int = 0
+    filled: int = 0
+    matched: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        return self.filled / max(1, self.total)
+
+    def __str__(self) -> str:
+        lines = [
+            f"weights {self.source} -> {self.arch}: {self.share:.1%} of {self.total / 1e6:.2f}M backbone parameters",
+            f"  matched   {len(self.matched)} tensors",
+        ]
+        for what in ("resized", "missing", "left_out"):
+            names = getattr(self, what)
+            shown = ", ".join(names[:6]) + (f", ... ({len(names) - 6} more)" if len(names) > 6 else "")
+            lines.append(f"  {what.replace('_', ' '):<9} {len(names)}{': ' if names else ''}{shown}")
+        return "\n".join(lines)
+
+
+def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9, quiet: bool = False) -> MatchReport:
+    """Fills a backbone from a file or a timm model, resampling what belongs to another number of tokens.
+
+    Args:
+        network: from ``create_backbone``.
+        source: safetensors or .pth file (tensors only), or a timm model name.
+        min_match: least share of the backbone's parameters, the classifier apart, that must be filled.
+        quiet: do not print the report.
+
+    Raises:
+        UserError: when the source cannot be read or fills less than ``min_match``; the network is then unchanged.
+    """
+    state, saved = read_weights(source)
+    target = network.state_dict()
+    report = MatchReport(str(source), network.config.arch)
+    new: dict[str, Tensor] = {}
+    for name, current in target.items():
+        tensor = state.get(name)
+        fitted = None if tensor is None else _fit(name, tensor, current, network, saved)
+        in_classifier = name.startswith("head.")
+        report.total += 0 if in_classifier else current.numel()
+        if fitted is None:
+            report.missing.append(name if tensor is None else f"{name} {_shapes(tensor, current)}")
+            continue
+        new[name] = fitted
+        report.filled += 0 if in_classifier else current.numel()
+        resized = tensor.shape != current.shape or fitted is not tensor
+        (report.resized if resized else report.matched).append(
+            f"{name} {_shapes(tensor, current)}" if resized else name
+        )
+    report.left_out = [name for name in state if name not in new]
+    if report.share < min_match:
+        raise UserError(
+            f"{report}\nThat is less than {min_match:.0%}: is this the checkpoint of another model? "
+            f"Give one that fits, or set weights_min_match to at most {math.floor(report.share * 100) / 100} to accept it."
+        )
+    with torch.no_grad():
+        for name, tensor in new.items():
+            target[name].copy_(tensor)
+    if not quiet:
+        print(report, flush=True)
+    return report
+
+
+def save_backbone(path: str | Path, network: nn.Module, **metadata: Any) -> None:
+    """Writes a network's weights as safetensors, with its config (and ``metadata``) in the header."""
+    save_weights(path, network.state_dict(), {"config": network.config.to_dict(), **metadata})
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The header that ``save_backbone`` wrote; empty for files from elsewhere."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: _json(value) for key, value in (file.metadata() or {}).items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}. It is missing, damaged or not a safetensors file.") from None
+
+
+def read_weights(source: str | Path) -> tuple[dict[str, Tensor], BackboneConfig | None]:
+    """Reads a state dict with the wrapper's prefix removed, and the config it was saved with when it says so."""
+    path = Path(source)
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            metadata = read_metadata(path)
+            state = _read_safetensors(path)
+        else:
+            metadata, state = {}, _read_torch(path)
+        config = metadata.get("config")
+        config = BackboneConfig.from_dict(config) if isinstance(config, Mapping) and "arch" in config else None
+        return _strip_prefix(state, path), config
+    return _read_timm(str(source)), None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(
+            f"cannot read {path}: {error}. The file is damaged or not safetensors; copy it again."
+        ) from None
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than tensors, and nothing else is unpickled. "
+            "Save its state dict alone: torch.save({'model': state_dict}, FILE) or safetensors."
+        ) from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}. The file is damaged; copy it again.") from None
+    while isinstance(state, Mapping) and not any(isinstance(v, Tensor) for v in state.values()):
+        inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None)
+        if inner is None:
+            break
+        state = inner
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
+    if not tensors:
+        raise UserError(f"{path} holds no state dict. Give a file with tensors by name.")
+    return tensors
+
+
+def _read_timm(name: str) -> dict[str, Tensor]:
+    import timm
+
+    if not timm.is_model(name):
+        known = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]
+        hint = f" timm has: {', '.join(known)}." if known else ""
+        raise UserError(f"weights {name!r} is neither a file nor a timm model.{hint} Check the path or the name.")
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except UserError:
+        raise
+    except Exception as error:  # the hub's clients raise errors of many libraries
+        raise UserError(
+            f"timm could not fetch {name!r} ({type(error).__name__}: {str(error).splitlines()[0][:120]}). "
+            "Check the network, or give a file instead."
+        ) from None
+
+
+def _strip_prefix(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    anchors = [name for name in state if name.endswith(_ANCHOR)]
+    if not anchors:
+        raise UserError(f"{path} has no {_ANCHOR}: it is not the checkpoint of a ViT. Give one that is.")
+    prefix = min(anchors, key=len)[: -len(_ANCHOR)]
+    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _fit(name: str, tensor: Tensor, current: Tensor, network: nn.Module, saved: BackboneConfig | None) -> Tensor | None:
+    """``tensor`` in the shape of ``current``: itself, resampled over tokens, or None when it belongs elsewhere."""
+    if name == "pos_embed":
+        return _fit_pos_embed(tensor, current, network.config, saved)
+    module, _, leaf = name.rpartition(".")
+    if leaf in TOKEN_AXIS and module in network.operators():
+        return _fit_operator(name, leaf, tensor, current, network, saved)
+    if tensor.shape == current.shape:
+        return tensor
+    if leaf in ("rel_pos_h", "rel_pos_w") and tensor.dim() == 2 and tensor.shape[1] == current.shape[1]:
+        return F.interpolate(tensor.T[None].float(), size=current.shape[0], mode="linear")[0].T
+    return None
+
+
+def _fit_pos_embed(
+    tensor: Tensor, current: Tensor, config: BackboneConfig, saved: BackboneConfig | None
+) -> Tensor | None:
+    grid_prefix = _token_layout(tensor.shape[1], saved.grid_size if saved else None) if tensor.dim() == 3 else None
+    if grid_prefix is None or tensor.shape[2] != current.shape[2]:
+        return None
+    old, old_prefix = grid_prefix
+    prefix = int(config.class_token)
+    if (old, old_prefix) == (config.grid_size, prefix):
+        return tensor
+    if old == config.grid_size:
+        grid = tensor[:, old_prefix:]
+    else:
+        antialias = config.pos_embed_antialias
+        grid = resample_abs_pos_embed(tensor[:, old_prefix:], list(config.grid_size), list(old), 0, antialias=antialias)
+    # Checkpoints without a position for the class token give it none.
+    head = tensor[:, :old_prefix] if old_prefix else torch.zeros_like(tensor[:, :1])
+    return torch.cat([head[:, :prefix], grid], 1)
+
+
+def _fit_operator(
+    name: str, leaf: str, tensor: Tensor, current: Tensor, network: nn.Module, saved: BackboneConfig | None
+) -> Tensor | None:
+    axis = -2 if leaf == "w" else -1
+    operator = network.operators()[name.rpartition(".")[0]]
+    other = [d for d in range(tensor.dim()) if d != tensor.dim() + axis]
+    if tensor.dim() != current.dim() or any(tensor.shape[d] != current.shape[d] for d in other):
+        return None
+    layout = _token_layout(tensor.shape[axis], _saved_grid(name, saved))
+    if layout is None:
+        return None
+    old, old_prefix = layout
+    if (old, old_prefix) == (operator.grid, operator.prefix):
+        return tensor
+    moved = tensor.transpose(axis, -1)
+    moved = resample_tokens(moved, old, operator.grid, old_prefix, operator.prefix, keep_sum=TOKEN_AXIS[leaf])
+    return moved.transpose(axis, -1)
+
+
+def _saved_grid(name: str, saved: BackboneConfig | None) -> Grid | None:
+    if saved is None:
+        return None
+    if name.startswith("blocks."):
+        return saved.token_grid(int(name.split(".")[1]))
+    return saved.token_grid(next((i for i in range(saved.depth) if saved.is_karat(i)), 0))
+
+
+def _token_layout(count: int, grid: Grid | None) -> tuple[Grid, int] | None:
+    """(grid, prefix tokens) of a token axis: the saved grid when known, else a square one after 0 to 2 prefix tokens."""
+    if grid is not None and 0 <= count - grid[0] * grid[1] <= 2:
+        return grid, count - grid[0] * grid[1]
+    for prefix in (1, 0, 2):
+        side = math.isqrt(max(0, count - prefix))
+        if side and side * side == count - prefix:
+            return (side, side), prefix
+    return None
+
+
+def _shapes(old: Tensor, new: Tensor) -> str:
+    return f"{list(old.shape)}->{list(new.shape)}"
+
+
+def _json(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value

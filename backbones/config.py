@@ -1,0 +1,281 @@
+"""The one description of a backbone, used from Python, recipes, Detectron2 YAML and mmengine configs alike."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from .utils.errors import UserError, check_choice, check_keys
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How tokens mix.
+
+    Args:
+        kind: ``softmax`` or ``karat`` (arXiv 2503.10632).
+        basis: basis of KArAt's functions: ``fourier``.
+        grid: G, number of harmonics of the basis.
+        rank: r, number of rows of Φ̂; W has as many columns.
+        mode: ``blockwise`` (every block owns its operators) or ``universal`` (all blocks share one set).
+        scales: add the paper's two scale tensors per operator.
+        init: ``variance_preserving``, or ``paper`` for literal N(0, 1) coefficients.
+        blocks: indices of the blocks that use KArAt, the others use softmax; None = all.
+        rel_pos: decomposed relative position embedding of ViTDet (softmax only, no class token).
+    """
+
+    kind: str = "softmax"
+    basis: str = "fourier"
+    grid: int = 3
+    rank: int = 12
+    mode: str = "blockwise"
+    scales: bool = False
+    init: str = "variance_preserving"
+    blocks: tuple[int, ...] | None = None
+    rel_pos: bool = False
+
+    def __post_init__(self):
+        check_choice("attention.kind", self.kind, ("softmax", "karat"))
+        check_choice("attention.basis", self.basis, ("fourier",))
+        check_choice("attention.mode", self.mode, ("blockwise", "universal"))
+        check_choice("attention.init", self.init, ("variance_preserving", "paper"))
+        _check_positive("attention.grid", self.grid)
+        _check_positive("attention.rank", self.rank)
+        _check_bool("attention.scales", self.scales)
+        _check_bool("attention.rel_pos", self.rel_pos)
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", _int_tuple("attention.blocks", self.blocks))
+        if self.rel_pos and self.kind == "karat" and self.blocks is None:
+            raise UserError(
+                "attention.rel_pos is defined for softmax scores only, and every block uses KArAt. "
+                "Set rel_pos=False, or attention.blocks to leave some blocks to softmax."
+            )
+
+
+@dataclass(frozen=True)
+class FfnConfig:
+    """How channels mix.
+
+    Args:
+        kind: ``mlp`` (GELU) or ``grkan`` (arXiv 2409.10594).
+        ratio: hidden width over ``embed_dim``.
+        groups: number of channel groups that share one denominator.
+        degrees: (m, n), degrees of the numerator and of the denominator.
+        init: function that the second activation starts as: ``swish`` or ``identity``.
+        weight_init: ``variance_preserving``, or ``released`` for the N(0, 0.02) of the published runs.
+        denominator: ``sum_abs`` for 1+Σ|b_i||x|ⁱ, ``abs_sum`` for 1+|Σ b_i xⁱ|.
+    """
+
+    kind: str = "mlp"
+    ratio: float = 4.0
+    groups: int = 8
+    degrees: tuple[int, int] = (5, 4)
+    init: str = "swish"
+    weight_init: str = "variance_preserving"
+    denominator: str = "sum_abs"
+
+    def __post_init__(self):
+        check_choice("ffn.kind", self.kind, ("mlp", "grkan"))
+        check_choice("ffn.init", self.init, ("swish", "identity"))
+        check_choice("ffn.weight_init", self.weight_init, ("variance_preserving", "released"))
+        check_choice("ffn.denominator", self.denominator, ("sum_abs", "abs_sum"))
+        _check_positive("ffn.groups", self.groups)
+        object.__setattr__(self, "degrees", _int_tuple("ffn.degrees", self.degrees))
+        if len(self.degrees) != 2 or min(self.degrees) < 1:
+            raise UserError(f"ffn.degrees is {self.degrees}; it must be two degrees of at least 1, such as (5, 4).")
+        if self.init == "swish" and (self.degrees[0] < 5 or self.degrees[1] < 4):
+            raise UserError(
+                f"ffn.init 'swish' needs degrees of at least (5, 4), got {self.degrees}. Use init 'identity'."
+            )
+        if not isinstance(self.ratio, int | float) or self.ratio <= 0:
+            raise UserError(f"ffn.ratio is {self.ratio!r}; it must be a positive number, such as 4.0.")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A ViT with KArAt or softmax attention and GR-KAN or MLP feed-forwards.
+
+    Args:
+        arch: name of the preset this came from.
+        img_size: native input size in pixels, int or (height, width): size of position embedding and operators.
+            Other sizes are resampled when the network runs.
+        patch_size: side of a patch in pixels.
+        in_chans: input channels.
+        embed_dim: C, width.
+        depth: number of blocks.
+        num_heads: attention heads.
+        num_classes: outputs of the classifier; 0 = pooled features.
+        class_token: prepend a class token; without it features are averaged.
+        final_norm: LayerNorm after the last block. Dense tasks set False: maps never pass it.
+        attention, ffn: see AttentionConfig and FfnConfig; dicts are accepted.
+        window_size: side in patches of windowed attention; 0 = global everywhere.
+        global_blocks: indices of the blocks without windows.
+        mask_window_padding: padded window tokens get no attention (False: as Detectron2's ViT).
+        out_indices: blocks whose outputs ``forward_maps`` returns; None = the last.
+        drop_path: stochastic depth rate of the last block, rising linearly from 0.
+        drop_rate: dropout after the projections.
+        grad_checkpointing: recompute block activations in the backward pass.
+        pos_embed_antialias: antialias when resampling the position embedding (timm: True; Detectron2: False).
+        weights: file (safetensors or .pth) or timm model name to start from.
+        weights_min_match: least share of the backbone's parameters that ``weights`` must fill.
+    """
+
+    arch: str = "vit_tiny_patch16_224"
+    img_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+    in_chans: int = 3
+    embed_dim: int = 192
+    depth: int = 12
+    num_heads: int = 3
+    num_classes: int = 1000
+    class_token: bool = True
+    final_norm: bool = True
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    ffn: FfnConfig = field(default_factory=FfnConfig)
+    window_size: int = 0
+    global_blocks: tuple[int, ...] = ()
+    mask_window_padding: bool = True
+    out_indices: tuple[int, ...] | None = None
+    drop_path: float = 0.0
+    drop_rate: float = 0.0
+    grad_checkpointing: bool = False
+    pos_embed_antialias: bool = True
+    weights: str | None = None
+    weights_min_match: float = 0.9
+
+    def __post_init__(self):
+        self._normalize()
+        for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
+            _check_positive(name, getattr(self, name))
+        for name in ("class_token", "final_norm", "mask_window_padding", "grad_checkpointing", "pos_embed_antialias"):
+            _check_bool(name, getattr(self, name))
+        for name in ("num_classes", "window_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise UserError(f"{name} is {value!r}; it must be an integer of at least 0.")
+        for name in ("drop_path", "drop_rate", "weights_min_match"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise UserError(f"{name} is {value!r}; it must be between 0 and 1.")
+        self._check_sizes()
+        self._check_indices()
+
+    def _normalize(self) -> None:
+        size = self.img_size
+        if isinstance(size, int):
+            size = (size, size)
+        size = _int_tuple("img_size", size)
+        if len(size) != 2 or min(size) < 1:
+            raise UserError(f"img_size is {self.img_size!r}; it must be a positive integer or (height, width).")
+        object.__setattr__(self, "img_size", size)
+        for name, kind in (("attention", AttentionConfig), ("ffn", FfnConfig)):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                check_keys(name, value, [f.name for f in fields(kind)])
+                object.__setattr__(self, name, kind(**value))
+            elif not isinstance(value, kind):
+                raise UserError(f"{name} is {value!r}; it must be a dict of {kind.__name__}'s fields.")
+        if self.out_indices is None:
+            object.__setattr__(self, "out_indices", (self.depth - 1,))
+        for name in ("out_indices", "global_blocks"):
+            object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
+
+    def _check_sizes(self) -> None:
+        check_patch_multiple(self.img_size, self.patch_size, "img_size")
+        if self.embed_dim % self.num_heads:
+            raise UserError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}.")
+        if self.ffn.kind == "grkan":
+            for width in (self.embed_dim, self.hidden_dim):
+                if width % self.ffn.groups:
+                    raise UserError(f"width {width} is not divisible by ffn.groups {self.ffn.groups}.")
+        if self.class_token and self.window_size:
+            raise UserError(f"window_size {self.window_size} has no place for a class token. Set class_token=False.")
+        if self.class_token and self.attention.rel_pos:
+            raise UserError("attention.rel_pos is not defined for a class token. Set class_token=False.")
+        tokens = min(self.token_grid(i)[0] * self.token_grid(i)[1] for i in range(self.depth))
+        if self.attention.kind == "karat" and self.attention.rank > tokens:
+            raise UserError(f"attention.rank {self.attention.rank} exceeds the {tokens} tokens of a map or window.")
+
+    def _check_indices(self) -> None:
+        for name, indices in (
+            ("out_indices", self.out_indices),
+            ("global_blocks", self.global_blocks),
+            ("attention.blocks", self.attention.blocks or ()),
+        ):
+            for index in indices:
+                if not 0 <= index < self.depth:
+                    raise UserError(f"{name} holds {index}; the backbone has blocks 0 to {self.depth - 1}.")
+        if not self.out_indices:
+            raise UserError("out_indices is empty; give the index of at least one block, or None for the last.")
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward's hidden layer."""
+        return int(self.embed_dim * self.ffn.ratio)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches per column and row of a native-size image."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    def is_windowed(self, block: int) -> bool:
+        return self.window_size > 0 and block not in self.global_blocks
+
+    def is_karat(self, block: int) -> bool:
+        attention = self.attention
+        return attention.kind == "karat" and (attention.blocks is None or block in attention.blocks)
+
+    def token_grid(self, block: int) -> tuple[int, int]:
+        """Rows and columns of patches that attend to each other in ``block`` at native size."""
+        return (self.window_size, self.window_size) if self.is_windowed(block) else self.grid_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the inverse of ``from_dict``."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "BackboneConfig":
+        """Builds a config; raises UserError for an unknown key, naming the nearest valid one."""
+        check_keys("the backbone config", values, [f.name for f in fields(cls)])
+        return cls(**values)
+
+    def merged(self, overrides: Mapping[str, Any]) -> "BackboneConfig":
+        """This config with some values replaced; ``attention`` and ``ffn`` dicts are merged key by key."""
+        check_keys("the backbone config", overrides, [f.name for f in fields(self)])
+        overrides = dict(overrides)
+        for name in ("attention", "ffn"):
+            if isinstance(overrides.get(name), Mapping):
+                check_keys(name, overrides[name], [f.name for f in fields(getattr(self, name))])
+                overrides[name] = replace(getattr(self, name), **overrides[name])
+        if "depth" in overrides and "out_indices" not in overrides:
+            overrides["out_indices"] = None
+        return replace(self, **overrides)
+
+
+def check_patch_multiple(size: tuple[int, int], patch_size: int, what: str) -> None:
+    """Raises UserError naming the nearest valid sizes unless height and width are multiples of the patch."""
+    for side in size:
+        if side % patch_size or side == 0:
+            low = side // patch_size * patch_size
+            near = f"{low} or {low + patch_size}" if low else f"{patch_size}"
+            raise UserError(
+                f"{what} {size[0]}x{size[1]} is not divisible by the patch size {patch_size}; use {near} for {side}."
+            )
+
+
+def _int_tuple(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise UserError(f"{name} is {value!r}; it must be a list of integers.")
+    values = tuple(value)
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise UserError(f"{name} is {value!r}; it must be a list of integers.")
+    return values
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} is {value!r}; it must be a positive integer.")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise UserError(f"{name} is {value!r}; it must be true or false.")

@@ -1,0 +1,1 @@
+"""Modules: attention (softmax, KArAt), feed-forwards (MLP, GR-KAN), windows, resampling of token axes."""

@@ -1,0 +1,71 @@
+"""Multi-head attention: the projections every kind shares, and softmax with ViTDet's relative position embedding."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .resample import Grid
+
+
+class Attention(nn.Module):
+    """Softmax attention; subclasses replace ``mix``. State-dict keys are timm's (``qkv``, ``proj``).
+
+    Args:
+        dim: C.
+        num_heads: h.
+        drop_rate: dropout after the projection.
+    """
+
+    def __init__(self, dim: int, num_heads: int, drop_rate: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor, grid: Grid, prefix: int, key_mask: Tensor | None = None, shared=None) -> Tensor:
+        """Mixes (B, N, C), where N = ``prefix`` + rows·columns of ``grid``.
+
+        Args:
+            key_mask: (B, N) bool, True = real token.
+            shared: operator shared by all blocks, for universal KArAt.
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, h, N, d)
+        mixed = self.mix(*qkv.unbind(0), grid, prefix, key_mask, shared)
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, prefix: int, key_mask: Tensor | None, shared) -> Tensor:
+        """(B, h, N, d) from queries, keys and values of that shape."""
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class RelPosAttention(Attention):
+    """Softmax attention with decomposed relative position embedding (ViTDet, arXiv 2203.16527).
+
+    Args:
+        grid: native (rows, columns); other sizes interpolate the embedding linearly.
+    """
+
+    def __init__(self, dim: int, num_heads: int, grid: Grid, drop_rate: float = 0.0):
+        super().__init__(dim, num_heads, drop_rate)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, dim // num_heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, dim // num_heads))
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, prefix: int, key_mask: Tensor | None, shared) -> Tensor:
+        rows, columns = grid
+        q_map = q.unflatten(2, (rows, columns))  # (B, h, H, W, d)
+        bias_h = torch.einsum("bnhwd,hkd->bnhwk", q_map, _relative(self.rel_pos_h, rows))
+        bias_w = torch.einsum("bnhwd,wkd->bnhwk", q_map, _relative(self.rel_pos_w, columns))
+        bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(4).flatten(2, 3)  # (B, h, N, N)
+        if key_mask is not None:
+            bias = bias.masked_fill(~key_mask[:, None, None, :], float("-inf"))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def _relative(embedding: Tensor, size: int) -> Tensor:
+    """(size, size, d): row i, column j holds the embedding of the offset i − j."""
+    if embedding.shape[0] != 2 * size - 1:
+        embedding = F.interpolate(embedding.T[None], size=2 * size - 1, mode="linear")[0].T
+    position = torch.arange(size, device=embedding.device)
+    return embedding[position[:, None] - position[None, :] + size - 1]

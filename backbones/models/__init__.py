@@ -1,0 +1,1 @@
+"""The ViT trunk and its presets."""

@@ -1,0 +1,235 @@
+"""The one ViT trunk: patches, blocks of (attention, feed-forward), a classifier or maps for dense tasks.
+
+State-dict keys are timm's, so ViT, DeiT, AugReg and MAE weights load without a table; windows, relative positions and
+block numbering follow Detectron2's ViT (arXiv 2203.16527).
+"""
+
+import re
+from functools import partial
+
+import torch
+from timm.layers import DropPath, Mlp, resample_abs_pos_embed
+from timm.layers.patch_embed import PatchEmbed
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import BackboneConfig, check_patch_multiple
+from ..layers.attention import Attention, RelPosAttention
+from ..layers.gr_kan import GRKAN, GroupRational
+from ..layers.karat import FourierOperator, KArAttention
+from ..layers.resample import Grid
+from ..layers.windows import window_partition, window_unpartition
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(norm1(x)), then x + feed-forward(norm2(x))."""
+
+    def __init__(self, config: BackboneConfig, index: int):
+        super().__init__()
+        dim = config.embed_dim
+        rate = config.drop_path * index / max(1, config.depth - 1)
+        self.window_size = config.window_size if config.is_windowed(index) else 0
+        self.mask_padding = config.mask_window_padding
+        self.norm1 = LayerNorm(dim)
+        self.attn = _attention(config, index)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = _feed_forward(config)
+        self.drop_path = DropPath(rate) if rate else nn.Identity()
+
+    def forward(self, x: Tensor, grid: Grid, prefix: int, shared: FourierOperator | None = None) -> Tensor:
+        """(B, N, C) to the same shape, N = prefix + rows·columns of ``grid``."""
+        x = x + self.drop_path(self._attend(self.norm1(x), grid, prefix, shared))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor, grid: Grid, prefix: int, shared: FourierOperator | None) -> Tensor:
+        size = self.window_size
+        if not size:
+            return self.attn(x, grid, prefix, shared=shared)
+        windows, real = window_partition(x.unflatten(1, grid), size)
+        mixed = self.attn(windows, (size, size), 0, real if self.mask_padding else None, shared)
+        return window_unpartition(mixed, size, *grid).flatten(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """A ViT whose attention and feed-forward are chosen by the config; runs at any size divisible by the patch."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.config = config
+        self.embed_dim = self.num_features = config.embed_dim
+        self.depth, self.patch_size, self.out_indices = config.depth, config.patch_size, config.out_indices
+        self.num_classes = config.num_classes
+        self.num_prefix_tokens = int(config.class_token)
+        self.grad_checkpointing = config.grad_checkpointing
+        rows, columns = config.grid_size
+
+        self.patch_embed = PatchEmbed(
+            config.img_size,
+            config.patch_size,
+            config.in_chans,
+            self.embed_dim,
+            dynamic_img_pad=False,
+            strict_img_size=False,
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim)) if config.class_token else None
+        self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_tokens + rows * columns, self.embed_dim))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        self.operator = _shared_operator(config)
+        self.norm = LayerNorm(self.embed_dim) if config.final_norm else nn.Identity()
+        self.head = nn.Linear(self.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """ViT's start; GR-KAN's and KArAt's own tensors keep theirs."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
+        own = {layer for module in self.modules() if isinstance(module, GRKAN) for layer in module.modules()}
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module not in own:
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes), or features (B, C) when num_classes is 0."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to normalized tokens (B, N, C), the class token first when there is one."""
+        tokens, grid = self._embed(x)
+        for block in self.blocks:
+            tokens = self._run(block, tokens, grid)
+        return self.norm(tokens)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, N, C) to logits, or pooled features (B, C) with ``pre_logits``."""
+        pooled = x[:, 0] if self.num_prefix_tokens else x.mean(1)
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward_maps(self, x: Tensor) -> list[Tensor]:
+        """Images (B, in_chans, H, W) to maps (B, C, H/p, W/p), one per out_indices, before the final norm.
+
+        Raises:
+            ValueError: when H or W is not a multiple of the patch size.
+        """
+        tokens, grid = self._embed(x)
+        maps = {}
+        for index, block in enumerate(self.blocks[: max(self.out_indices) + 1]):
+            tokens = self._run(block, tokens, grid)
+            if index in self.out_indices:
+                maps[index] = tokens[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid).contiguous()
+        return [maps[index] for index in self.out_indices]
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Grid]:
+        height, width = x.shape[-2:]
+        check_patch_multiple((height, width), self.patch_size, "input")
+        grid = (height // self.patch_size, width // self.patch_size)
+        tokens = self.patch_embed(x)
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1)
+        pos_embed = self.pos_embed
+        if grid != self.config.grid_size:
+            pos_embed = resample_abs_pos_embed(
+                pos_embed,
+                list(grid),
+                list(self.config.grid_size),
+                self.num_prefix_tokens,
+                antialias=self.config.pos_embed_antialias,
+            )
+        return tokens + pos_embed, grid
+
+    def _run(self, block: Block, tokens: Tensor, grid: Grid) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, grid, self.num_prefix_tokens, self.operator, use_reentrant=False)
+        return block(tokens, grid, self.num_prefix_tokens, self.operator)
+
+    def operators(self) -> dict[str, FourierOperator]:
+        """KArAt's operators by their name in the state dict."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, FourierOperator)}
+
+    def layer_id(self, name: str) -> int:
+        """Depth of a parameter for layer-wise learning rates: 0 for the embedding, depth + 1 for what follows."""
+        if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+            return 0
+        block = re.match(r"blocks\.(\d+)\.", name)
+        return int(block.group(1)) + 1 if block else self.depth + 1
+
+    # The methods below are timm's interface, which its loaders, optimizers and scripts call.
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that no optimizer should decay: embeddings and rational coefficients."""
+        names = {name for name in ("pos_embed", "cls_token") if getattr(self, name) is not None}
+        for prefix, module in self.named_modules():
+            if isinstance(module, GroupRational):
+                names |= {f"{prefix}.weight_numerator", f"{prefix}.weight_denominator"}
+            if isinstance(module, RelPosAttention):
+                names |= {f"{prefix}.rel_pos_h", f"{prefix}.rel_pos_w"}
+        return names
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Parameter groups by depth."""
+        return {
+            "stem": r"^cls_token|pos_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the classifier by a new one; 0 = none."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+
+
+def _operator(config: BackboneConfig, grid: Grid) -> FourierOperator:
+    attention = config.attention
+    return FourierOperator(
+        config.num_heads,
+        grid,
+        int(config.class_token),
+        attention.grid,
+        attention.rank,
+        attention.scales,
+        attention.init,
+    )
+
+
+def _shared_operator(config: BackboneConfig) -> FourierOperator | None:
+    """Universal KArAt's one set of operators, at the grid of the first block that uses it."""
+    users = [i for i in range(config.depth) if config.is_karat(i)]
+    if config.attention.mode != "universal" or not users:
+        return None
+    return _operator(config, config.token_grid(users[0]))
+
+
+def _attention(config: BackboneConfig, index: int) -> Attention:
+    if config.is_karat(index):
+        universal = config.attention.mode == "universal"
+        operator = None if universal else _operator(config, config.token_grid(index))
+        return KArAttention(config.embed_dim, config.num_heads, operator, config.drop_rate)
+    if config.attention.rel_pos:
+        return RelPosAttention(config.embed_dim, config.num_heads, config.token_grid(index), config.drop_rate)
+    return Attention(config.embed_dim, config.num_heads, config.drop_rate)
+
+
+def _feed_forward(config: BackboneConfig) -> nn.Module:
+    ffn = config.ffn
+    if ffn.kind == "mlp":
+        return Mlp(config.embed_dim, config.hidden_dim, drop=config.drop_rate)
+    return GRKAN(
+        config.embed_dim,
+        config.hidden_dim,
+        ffn.groups,
+        ffn.degrees,
+        ffn.init,
+        ffn.weight_init,
+        ffn.denominator,
+        config.drop_rate,
+    )
