@@ -87,7 +87,7 @@ def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9,
     if report.share < min_match:
         raise UserError(
             f"{report}\nThat is less than {min_match:.0%}: is this the checkpoint of another model? "
-            f"Give one that fits, or set weights_min_match to at most {math.floor(report.share * 100) / 100} to accept it."
+            f"Give one that fits, or accept it with weights_min_match={math.floor(report.share * 100) / 100}."
         )
     with torch.no_grad():
         for name, tensor in new.items():
@@ -132,9 +132,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise UserError(
-            f"cannot read {path}: {error}. The file is damaged or not safetensors; copy it again."
-        ) from None
+        raise UserError(f"cannot read {path}: {error}. The file is damaged; copy it again.") from None
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -162,7 +160,7 @@ def _read_timm(name: str) -> dict[str, Tensor]:
     import timm
 
     if not timm.is_model(name):
-        known = timm.list_models(f"*{name.split('.')[0][:12]}*")[:5]
+        known = timm.list_models(f"*{name.split('.', maxsplit=1)[0][:12]}*")[:5]
         hint = f" timm has: {', '.join(known)}." if known else ""
         raise UserError(f"weights {name!r} is neither a file nor a timm model.{hint} Check the path or the name.")
     try:
@@ -246,7 +244,7 @@ def _saved_grid(name: str, saved: BackboneConfig | None) -> Grid | None:
 
 
 def _token_layout(count: int, grid: Grid | None) -> tuple[Grid, int] | None:
-    """(grid, prefix tokens) of a token axis: the saved grid when known, else a square one after 0 to 2 prefix tokens."""
+    """(grid, prefix tokens) of a token axis: the saved grid when known, else a square one after 0 to 2 tokens."""
     if grid is not None and 0 <= count - grid[0] * grid[1] <= 2:
         return grid, count - grid[0] * grid[1]
     for prefix in (1, 0, 2):

@@ -62,4 +62,4 @@ def preset_config(arch: str) -> BackboneConfig:
 def resize_arch(arch: str, size: str) -> str:
     """The preset of the same family at another size."""
     preset_config(arch)
-    return preset_name(arch.split("_")[0], size)
+    return preset_name(arch.split("_", maxsplit=1)[0], size)

@@ -1,4 +1,4 @@
-"""One way for every command to end on bad input: a clear message, a non-zero exit code, a traceback only with --debug."""
+"""One way for every command to end on bad input: a message, a non-zero exit code, a traceback only with --debug."""
 
 import difflib
 import errno

@@ -31,7 +31,7 @@ def count_gflops(run: Callable[[], Any]) -> float:
 
 @torch.no_grad()
 def images_per_second(run: Callable[[], Any], batch_size: int, seconds: float = 2.0) -> float:
-    """Images per second of ``run()``, which handles ``batch_size`` images: the median over at least three timed calls."""
+    """Images per second of ``run()``, which handles ``batch_size`` images: median of at least three timed calls."""
     run()
     times: list[float] = []
     start = time.perf_counter()
