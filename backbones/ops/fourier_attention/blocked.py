@@ -9,7 +9,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 2**25  # of one scores tile: large enough for full matrix products, small enough for the caches
+# Bytes of one scores tile: within a CPU core's cache, large enough to fill a GPU.
+_BLOCK_BYTES = {"cpu": 2**20}
+_BLOCK_BYTES_GPU = 2**27
 
 
 class FourierAttention(torch.autograd.Function):
@@ -56,10 +58,10 @@ class FourierAttention(torch.autograd.Function):
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """Slices of the queries whose scores tile stays within ``_BLOCK_BYTES``."""
+    """Slices of the queries whose scores tile stays within the device's block size."""
     batch, heads, n, _ = q.shape
     row_bytes = max(1, batch * heads * k.shape[2] * q.element_size())
-    size = max(1, _BLOCK_BYTES // row_bytes)
+    size = max(8, _BLOCK_BYTES.get(q.device.type, _BLOCK_BYTES_GPU) // row_bytes)
     for start in range(0, n, size):
         yield slice(start, start + size)
 

@@ -1,0 +1,1 @@
+"""Pretraining and evaluation of a backbone as an image classifier, on timm's parts."""

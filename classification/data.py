@@ -1,0 +1,224 @@
+"""Images of a classification data set: folders, tar files and CIFAR batches, through timm's readers and loader."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import sharedctypes
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_loader
+from timm.data.readers import create_reader
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from backbones.utils.errors import UserError
+from backbones.utils.skips import SkipCounter
+
+from .config import Recipe
+
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "validation", "valid", "eval", "test")
+_UNREADABLE = (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
+
+
+class Source(Protocol):
+    """Images and their class indices."""
+
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+    def load(self, index: int) -> tuple[Image.Image, int]: ...
+    def name(self, index: int) -> str: ...
+
+
+class ReaderSource:
+    """Class folders or a .tar of them, read by timm. ``classes`` fixes the numbering, for a validation split."""
+
+    def __init__(self, path: Path, classes: list[str] | None = None):
+        self.path = path
+        class_map = {name: i for i, name in enumerate(classes)} if classes else ""
+        try:
+            self.reader = create_reader("", root=str(path), class_map=class_map)
+        except RuntimeError as error:
+            raise UserError(f"{path} holds no images ({error}). Put each class's images in a folder of its own.") from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error}. It is damaged or not a tar file.") from None
+        self.classes = list(self.reader.class_to_idx)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        file, target = self.reader[index]
+        with file, Image.open(file) as image:
+            return image.convert("RGB"), target
+
+    def name(self, index: int) -> str:
+        return str(self.path / self.reader.filename(index)) if self.path.is_dir() else self.reader.filename(index)
+
+
+class CifarSource:
+    """The published CIFAR-10/100 batches, through torchvision, which checks their digests before it reads them."""
+
+    def __init__(self, root: Path, train: bool):
+        from torchvision.datasets import CIFAR10, CIFAR100
+
+        kind = CIFAR10 if (root / CIFAR10.base_folder).is_dir() else CIFAR100
+        try:
+            self.dataset = kind(str(root), train=train)
+        except RuntimeError as error:
+            raise UserError(f"the CIFAR batches in {root} are incomplete or damaged ({error}). Unpack them again.") from None
+        self.classes = self.dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return self.dataset[index]
+
+    def name(self, index: int) -> str:
+        return f"CIFAR image {index}"
+
+
+class Images(Dataset):
+    """A source with timm's transform (set by ``create_loader``), and with randomness that belongs to the sample.
+
+    Augmentation is seeded by (seed, epoch, index), so that neither the number of workers nor a resume changes it.
+
+    Args:
+        skips: counts unreadable images, which are replaced by the next one; None = an unreadable image is an error.
+        indices: the part of the source to use; None = all.
+    """
+
+    def __init__(self, source: Source, seed: int, skips: SkipCounter | None = None, indices: range | None = None):
+        self.source, self.seed, self.skips = source, seed, skips
+        self.indices = indices if indices is not None else range(len(source))
+        self.transform: Any = None
+        self._epoch = sharedctypes.RawValue("q", 0)  # shared with workers that outlive an epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.value = epoch
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Any, int]:
+        index = self.indices[position]
+        image, target = self._load(index)
+        with sample_seed((self.seed, self._epoch.value, index)):
+            return self.transform(image), target
+
+    def _load(self, index: int) -> tuple[Image.Image, int]:
+        while True:
+            try:
+                return self.source.load(index)
+            except _UNREADABLE as error:
+                name = self.source.name(index)
+                if self.skips is None:
+                    raise UserError(f"cannot read the image {name} ({error}). Repair or remove it.") from None
+                self.skips.skip(index, name, error)  # ends the run past its limit, so this loop ends
+                index = (index + 1) % len(self.source)
+
+
+@contextmanager
+def sample_seed(key: tuple[int, ...]) -> Iterator[None]:
+    """Seeds Python's, NumPy's and PyTorch's generators by ``key``; in the main process they continue afterwards."""
+    state = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        if state is not None:
+            random.setstate(state[0])
+            np.random.set_state(state[1])
+            torch.set_rng_state(state[2])
+
+
+def open_split(root: str, split: str, names: tuple[str, ...], classes: list[str] | None = None) -> Source:
+    """The training or validation images under ``root``.
+
+    Args:
+        split: name of the split's folder or tar; "" = the first of ``names`` that exists.
+        classes: the training split's classes, for a validation split.
+
+    Raises:
+        UserError: when nothing is there, the folder is empty, or a class is unknown to ``classes``.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise UserError(f"data.root {root} is not a folder. Give the folder that holds train and val.")
+    if any((folder / name).is_dir() for name in ("cifar-10-batches-py", "cifar-100-python")):
+        return CifarSource(folder, train="train" in names)
+    candidates = [folder / f"{name}{suffix}" for name in ([split] if split else names) for suffix in ("", ".tar")]
+    path = next((p for p in candidates if p.is_dir() or (p.suffix == ".tar" and p.is_file())), None)
+    if path is None:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        wanted = " or ".join(repr(name) for name in ([split] if split else names))
+        hint = " Unpack the .tar.gz first." if ".tar.gz" in there else ""
+        raise UserError(f"{root} has no folder or .tar named {wanted}; it holds: {there}.{hint}")
+    source = ReaderSource(path)
+    if classes is None or source.classes == classes:
+        return source
+    unknown = sorted(set(source.classes) - set(classes))
+    if unknown:
+        raise UserError(f"{path} has the class {unknown[0]!r}, which the training images lack. Remove or rename it.")
+    return ReaderSource(path, classes)
+
+
+def train_loader(
+    recipe: Recipe, source: Source, skips: SkipCounter, img_size: tuple[int, int], device: torch.device, world_size: int
+) -> DataLoader:
+    """Shuffled, augmented batches of (images, class indices), this process's share of them."""
+    augment, train = recipe.augment, recipe.train
+    whole = train.batch_size * world_size
+    if len(source) < whole:
+        raise UserError(
+            f"{len(source)} training images are fewer than one batch of {whole}. "
+            f"Set train.batch_size to at most {len(source) // world_size}."
+        )
+    return create_loader(
+        Images(source, train.seed, skips),
+        is_training=True,
+        scale=tuple(augment.scale),
+        ratio=tuple(augment.ratio),
+        hflip=augment.hflip,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=augment.auto_augment or None,
+        re_prob=augment.erasing,
+        re_mode="pixel",
+        interpolation=recipe.data.interpolation,
+        distributed=world_size > 1,
+        **_common(recipe, img_size, device),
+    )
+
+
+def val_loader(
+    recipe: Recipe, source: Source, img_size: tuple[int, int], device: torch.device, rank: int = 0, world_size: int = 1
+) -> DataLoader:
+    """Every ``world_size``-th image in order, centre-cropped: sums over processes are exact, without duplicates."""
+    interpolation = recipe.data.interpolation
+    return create_loader(
+        Images(source, recipe.train.seed, indices=range(rank, len(source), world_size)),
+        interpolation="bicubic" if interpolation == "random" else interpolation,
+        crop_pct=recipe.data.crop_pct,
+        **_common(recipe, img_size, device),
+    )
+
+
+def _common(recipe: Recipe, img_size: tuple[int, int], device: torch.device) -> dict[str, Any]:
+    return {
+        "input_size": (3, *img_size),
+        "batch_size": recipe.train.batch_size,
+        "mean": recipe.data.mean,
+        "std": recipe.data.std,
+        "num_workers": recipe.data.workers,
+        "device": device,
+        "use_prefetcher": device.type == "cuda",
+        "pin_memory": device.type == "cuda",
+    }

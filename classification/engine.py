@@ -1,0 +1,339 @@
+"""Training and evaluation of a classifier, read from top to bottom: build, resume, epochs, evaluation, results."""
+
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from timm.utils.distributed import init_distributed_device_so
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from backbones import BackboneConfig, create_backbone
+from backbones.checkpoint import read_metadata, save_backbone
+from backbones.utils.errors import UserError
+from backbones.utils.files import atomic_path, make_folder, write_json
+from backbones.utils.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
+from backbones.utils.nonfinite import first_nonfinite_module
+from backbones.utils.runlog import MetricsLog, write_provenance
+from backbones.utils.skips import SkipCounter
+
+from .config import Recipe
+from .data import TRAIN_NAMES, VAL_NAMES, open_split, train_loader, val_loader
+
+WEIGHTS, STATE = "model.safetensors", "checkpoint.pt"
+
+
+def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> dict[str, float]:
+    """Trains by ``recipe`` and writes weights, logs and metrics.json into ``recipe.output``; returns the metrics.
+
+    Raises:
+        UserError: for data, settings or weights that do not fit, a folder that holds another run, a non-finite loss.
+    """
+    world = _Processes(device)
+    options = recipe.train
+    output = Path(recipe.output)
+    _check_output(output, resume)
+    make_folder(output)
+    _seed_all(options.seed)
+
+    source = open_split(recipe.data.root, recipe.data.train, TRAIN_NAMES)
+    held_out = open_split(recipe.data.root, recipe.data.val, VAL_NAMES, source.classes)
+    skips = SkipCounter(len(source))
+    network = create_backbone({**recipe.model, "num_classes": len(source.classes)}).to(world.device)
+    _seed_all(options.seed + world.rank)  # the same weights everywhere, other dropout and mixup
+    size = network.config.img_size
+    batches = train_loader(recipe, source, skips, size, world.device, world.size)
+    val_batches = val_loader(recipe, held_out, size, world.device, world.rank, world.size)
+
+    batch = options.batch_size * world.size
+    scale = batch / options.reference_batch
+    optimizer = create_optimizer_v2(
+        network,
+        opt=options.optimizer,
+        lr=options.lr * scale,
+        weight_decay=options.weight_decay,
+        layer_decay=options.layer_decay if options.layer_decay < 1 else None,
+        betas=tuple(options.betas),
+        eps=options.eps,
+    )
+    steps = len(batches)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=options.epochs,
+        warmup_epochs=options.warmup_epochs,
+        warmup_lr=options.warmup_lr * scale,
+        min_lr=options.min_lr * scale,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    ema = ModelEmaV3(network, decay=options.ema_decay, use_warmup=True) if options.ema_decay else None
+    model = nn.parallel.DistributedDataParallel(network) if world.size > 1 else network
+    mixup = _mixup(recipe, len(source.classes))
+    precision = _precision(options.precision, world.device)
+
+    start = _load_state(output / STATE, network, ema, optimizer) if resume else 0
+    log = MetricsLog(output, resume_step=start * steps if resume else None) if world.is_main else None
+    if world.is_main:
+        derived = {"batch": batch, "lr": options.lr * scale, "steps_per_epoch": steps, "steps": steps * options.epochs}
+        protocol = {
+            "root": recipe.data.root,
+            "train_images": len(source),
+            "val_images": len(held_out),
+            "classes": source.classes,
+            "img_size": size,
+            "crop_pct": recipe.data.crop_pct,
+        }
+        config = {**recipe.to_dict(), "backbone": network.config.to_dict(), "derived": derived}
+        write_provenance(output, config, options.seed, protocol)
+        print(
+            f"{network.config.arch}: {count_parameters(network) / 1e6:.2f}M parameters, {len(source)} images, "
+            f"{len(source.classes)} classes\nlr {options.lr:g} at batch {options.reference_batch} -> "
+            f"{options.lr * scale:g} at batch {batch}; {options.epochs} epochs = {steps * options.epochs} steps; "
+            f"{precision or 'fp32'} on {world.device}",
+            flush=True,
+        )
+
+    seen, busy = 0, 0.0
+    metrics: dict[str, float] = {}
+    for epoch in range(start, options.epochs):
+        began = time.perf_counter()
+        loss = _train_epoch(epoch, recipe, model, ema, optimizer, scheduler, mixup, batches, precision, world, log, skips)
+        busy += time.perf_counter() - began
+        seen += steps * batch
+        last = epoch + 1 == options.epochs
+        if (epoch + 1) % options.eval_every == 0 or last:
+            metrics = evaluate(ema.module if ema else network, val_batches, precision, world)
+            if log:
+                log.write((epoch + 1) * steps, epoch + 1, "val", metrics)
+        if world.is_main:
+            shown = " ".join(f"{k} {v:.2f}" for k, v in metrics.items())
+            print(f"epoch {epoch + 1}/{options.epochs} train loss {loss:.3f} | {shown} | {seen / busy:.0f} img/s", flush=True)
+            _save_state(output / STATE, network, ema, optimizer, epoch + 1)
+    if not metrics:  # resumed after its last epoch
+        metrics = evaluate(ema.module if ema else network, val_batches, precision, world)
+
+    final = ema.module if ema else network
+    if world.is_main:
+        save_backbone(
+            output / WEIGHTS, final, classes=source.classes, mean=recipe.data.mean, std=recipe.data.std, task="classify"
+        )
+        metrics |= _measure(final, size, options.batch_size, world.device)
+        metrics |= {"train_images_per_s": seen / busy if busy else 0.0, "skipped_images": skips.count}
+        write_json(output / "metrics.json", metrics)
+        log.close()
+    world.close()
+    return metrics
+
+
+def evaluate_only(recipe: Recipe, device: str | None = None) -> dict[str, float]:
+    """Evaluates ``output``'s weights (or model.weights) on the validation images and writes metrics.json."""
+    world = _Processes(device)
+    trained = Path(recipe.output) / WEIGHTS
+    path = Path(recipe.model.get("weights") or trained)
+    if not path.is_file():
+        raise UserError(f"no weights to evaluate: {path} does not exist. Train first, or give model.weights=FILE.")
+    network, metadata = load_trained(path, str(world.device))
+    source = open_split(recipe.data.root, recipe.data.val, VAL_NAMES, metadata["classes"])
+    batches = val_loader(recipe, source, network.config.img_size, world.device, world.rank, world.size)
+    metrics = evaluate(network, batches, _precision(recipe.train.precision, world.device), world)
+    metrics |= _measure(network, network.config.img_size, recipe.train.batch_size, world.device)
+    if world.is_main:
+        write_json(make_folder(recipe.output) / "metrics.json", metrics)
+        print(" ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    world.close()
+    return metrics
+
+
+def load_trained(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """A trained classifier in eval mode and the metadata of its file: classes, mean, std.
+
+    Args:
+        path: a run's folder or its model.safetensors.
+    """
+    path = Path(path)
+    path = path / WEIGHTS if path.is_dir() else path
+    metadata = read_metadata(path)
+    if "config" not in metadata or "classes" not in metadata:
+        raise UserError(f"{path} is not a classifier trained here: its header names no config and classes.")
+    config = BackboneConfig.from_dict(metadata["config"])
+    network = create_backbone(config, weights=str(path), weights_min_match=1.0)
+    return network.to(device).eval(), metadata
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, batches, precision: torch.dtype | None, world: "_Processes") -> dict[str, float]:
+    """top1 and top5 in percent and the cross-entropy over all processes' images."""
+    network.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
+    for images, targets in batches:
+        images, targets = images.to(world.device), targets.to(world.device)
+        with torch.autocast(world.device.type, dtype=precision, enabled=precision is not None):
+            logits = network(images)
+        logits = logits.float()
+        ranked = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        sums += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, ranked.new_tensor(len(targets), dtype=torch.int)])
+    if world.size > 1:
+        dist.all_reduce(sums)
+    top1, top5, loss, images = sums.tolist()
+    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
+
+
+def _train_epoch(epoch, recipe, model, ema, optimizer, scheduler, mixup, batches, precision, world, log, skips) -> float:
+    """One pass over the data; returns the mean training loss."""
+    options, steps = recipe.train, len(batches)
+    dataset = batches.dataset
+    dataset.set_epoch(epoch)
+    if hasattr(batches.sampler, "set_epoch"):
+        batches.sampler.set_epoch(epoch)
+    model.train()
+    total = 0.0
+    for i, (images, targets) in enumerate(_progress(batches, f"epoch {epoch + 1}", world.is_main)):
+        step = epoch * steps + i
+        scheduler.step_update(step)
+        images, targets = images.to(world.device), targets.to(world.device)
+        if mixup:
+            images, targets = mixup(images, targets)
+        with torch.autocast(world.device.type, dtype=precision, enabled=precision is not None):
+            logits = model(images)
+        loss = _loss(logits.float(), targets, recipe.augment.smoothing)
+        value = loss.item()
+        if not math.isfinite(value):
+            _stop_nonfinite(model, images, step, value)
+        optimizer.zero_grad()
+        loss.backward()
+        if options.clip_grad:
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
+        optimizer.step()
+        if ema:
+            ema.update(getattr(model, "module", model), step=step + 1)
+        total += value
+        if log and (step + 1) % options.log_every == 0:
+            rate = max(group["lr"] for group in optimizer.param_groups)
+            log.write(step + 1, (step + 1) / steps, "train", {"loss": value, "lr": rate})
+    skips.check()
+    return total / steps
+
+
+def _loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy; mixup's soft targets are smoothed already."""
+    return F.cross_entropy(logits, targets, label_smoothing=smoothing if targets.dim() == 1 else 0.0)
+
+
+def _mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
+    augment = recipe.augment
+    if not augment.mixup and not augment.cutmix:
+        return None
+    if recipe.train.batch_size % 2:
+        raise UserError(f"mixup needs an even train.batch_size, got {recipe.train.batch_size}.")
+    return Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=num_classes)
+
+
+def _stop_nonfinite(model: nn.Module, images: Tensor, step: int, value: float) -> None:
+    module = first_nonfinite_module(model, lambda: model(images)) or "the loss"
+    raise UserError(
+        f"the loss became {value} at step {step}; the first module with a non-finite output is {module}. "
+        "Lower train.lr, set train.clip_grad=1.0, or use train.precision=fp32. The last checkpoint is kept."
+    )
+
+
+def _precision(setting: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type: bfloat16 where asked for, or by default on GPUs that have it."""
+    if setting == "bf16" or (setting == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
+        return torch.bfloat16
+    return None
+
+
+def _progress(batches, title: str, shown: bool):
+    from tqdm import tqdm
+
+    return tqdm(batches, desc=title, leave=False, disable=None if shown else True)
+
+
+def _measure(network: nn.Module, size: tuple[int, int], batch_size: int, device: torch.device) -> dict[str, float]:
+    network = network.eval()
+    images = torch.randn(batch_size, 3, *size, device=device)
+    peak = peak_memory_mb()
+    return {
+        "parameters": count_parameters(network),
+        "gflops": count_gflops(lambda: network(images[:1])),
+        "images_per_s": images_per_second(lambda: network(images), batch_size),
+        "peak_memory_mb": peak,
+    }
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    if resume and not (output / STATE).is_file():
+        raise UserError(f"nothing to resume: {output / STATE} does not exist. Leave out --resume to start.")
+    if not resume and (output / STATE).is_file():
+        raise UserError(f"{output} holds a run already. Continue it with --resume, or choose another output=FOLDER.")
+
+
+def _save_state(path: Path, network: nn.Module, ema: ModelEmaV3 | None, optimizer, epoch: int) -> None:
+    numpy_state = np.random.get_state()
+    state = {
+        "epoch": epoch,
+        "model": network.state_dict(),
+        "ema": ema.module.state_dict() if ema else None,
+        "optimizer": optimizer.state_dict(),
+        "python_rng": random.getstate(),
+        "numpy_rng": (numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]),
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _load_state(path: Path, network: nn.Module, ema: ModelEmaV3 | None, optimizer) -> int:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state["model"])
+        if ema:
+            ema.module.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, KeyError, ValueError, EOFError, AttributeError) as error:
+        raise UserError(f"{path} does not fit this recipe ({error}). Resume with the recipe the run began with.") from None
+    random.setstate(_tuples(state["python_rng"]))
+    kind, keys, *rest = state["numpy_rng"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch_rng"])
+    if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return state["epoch"]
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class _Processes:
+    """This process among those torchrun started: device, rank, number."""
+
+    def __init__(self, device: str | None):
+        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if chosen.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"device {chosen!r} was asked for, but PyTorch sees no GPU. Use --device cpu.")
+        info = init_distributed_device_so(chosen, dist_backend=None)
+        self.device, self.rank, self.size = torch.device(info["device"]), info["global_rank"], info["world_size"]
+        self.is_main = self.rank == 0
+
+    def close(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
