@@ -1,0 +1,1 @@
+"""Overlay --size base: the recipe as published, which the configs hold already."""

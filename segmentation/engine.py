@@ -1,0 +1,185 @@
+"""Trains and evaluates a segmentor with mmengine's Runner, and writes what every task writes."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dist import init_dist, is_distributed, is_main_process
+from mmengine.model import is_model_wrapper, revert_sync_batchnorm
+from mmengine.runner import Runner
+from mmseg.apis import inference_model
+from mmseg.registry import MODELS
+from mmseg.utils import register_all_modules
+from numpy.typing import NDArray
+from torch import nn
+
+from backbones.utils.errors import UserError
+from backbones.utils.files import make_folder, read_json, write_json
+from backbones.utils.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
+from backbones.utils.runlog import write_provenance
+
+from . import checkpoint
+from .config import plan_schedule
+from .hooks import median_iteration_seconds, validation_details
+
+WEIGHTS = "model.safetensors"
+
+
+class SegmentationRunner(Runner):
+    """mmengine's Runner, whose checkpoints are whole or absent and are read without unpickling objects."""
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        save = super().save_checkpoint
+        checkpoint.save_whole(lambda name: save(out_dir, name, *args, **kwargs), out_dir, filename)
+
+    def load_checkpoint(self, filename: str, map_location: Any = "cpu", **kwargs: Any) -> dict:
+        state = checkpoint.read(filename)
+        self.call_hook("after_load_checkpoint", checkpoint=state)
+        checkpoint.load_into(_unwrap(self.model), state["state_dict"], filename)
+        self._has_loaded = True
+        return state
+
+
+def train(cfg: Config, resume: bool = False) -> dict[str, Any]:
+    """Trains as ``cfg`` says, evaluates, and writes model.safetensors, metrics.json, metrics.jsonl and run.json.
+
+    Args:
+        cfg: from ``load_config``.
+        resume: continue from the last checkpoint in ``cfg.work_dir``; without one, start.
+
+    Returns:
+        What metrics.json holds.
+    """
+    folder = make_folder(cfg.work_dir)
+    _prepare(cfg)
+    plan = plan_schedule(cfg)
+    last = checkpoint.find_last(folder) if resume else None
+    if is_main_process():
+        print("derived  " + "  ".join(f"{name} {value:g}" for name, value in plan.items()))
+        if resume:
+            print(f"resuming from {last}" if last else f"{folder} holds no checkpoint; starting from the beginning")
+        else:
+            checkpoint.forget_last(folder)
+        write_provenance(folder, cfg.to_dict(), cfg.randomness.seed, {"data_root": cfg.data_root, **plan})
+    if last:
+        cfg.load_from, cfg.resume = str(last), True
+    runner = _build_runner(cfg)
+    runner.train()
+    seconds = median_iteration_seconds(runner)
+    if seconds is None:  # resumed after its last iteration
+        runner.val_loop.run()
+    if not is_main_process():
+        return {}
+    model = _unwrap(runner.model)
+    checkpoint.save_model(folder / WEIGHTS, model, cfg, runner.val_dataloader.dataset.metainfo)
+    metrics = _measure(runner, cfg)
+    if seconds is not None:
+        metrics["train_images_per_s"] = plan["batch_size"] / seconds
+    metrics["skipped_images"] = runner.train_dataloader.dataset.skips.count
+    return _write_metrics(folder, metrics)
+
+
+def evaluate(cfg: Config) -> dict[str, Any]:
+    """Evaluates the weights ``cfg.load_from``, else those of the run in ``cfg.work_dir``, and writes metrics.json.
+
+    Without either, the model is evaluated as it is initialized (from ``model.backbone.weights`` if set), which it says.
+    """
+    folder = make_folder(cfg.work_dir)
+    _prepare(cfg)
+    weights = cfg.load_from or next(
+        (p for p in (folder / WEIGHTS, checkpoint.find_last(folder)) if p and p.exists()), None
+    )
+    cfg.load_from = None
+    for name in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
+        cfg[name] = None
+    runner = _build_runner(cfg)
+    if weights:
+        runner.load_checkpoint(str(weights))
+    if is_main_process():
+        print(f"evaluating {weights}" if weights else f"{folder} holds no weights; evaluating an untrained head")
+        if not (folder / "run.json").exists():
+            write_provenance(folder, cfg.to_dict(), cfg.randomness.seed, {"data_root": cfg.data_root})
+    runner.val()
+    return _write_metrics(folder, _measure(runner, cfg)) if is_main_process() else {}
+
+
+def load_trained(run_dir: str | Path, device: str | torch.device | None = None) -> nn.Module:
+    """The segmentor of a finished run, in evaluation mode, as mmseg's ``inference_model`` takes it.
+
+    Raises:
+        UserError: when ``run_dir`` holds no model.safetensors of a segmentation run.
+    """
+    path = Path(run_dir) / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path} does not exist. Train with tools/train_seg.py --work-dir {run_dir} first.")
+    register_all_modules(init_default_scope=True)
+    description, meta = checkpoint.load_description(path)
+    model = revert_sync_batchnorm(MODELS.build(description.model))
+    checkpoint.load_into(model, checkpoint.read(path)["state_dict"], path)
+    model.cfg, model.dataset_meta = description, meta
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def predict(run_dir: str | Path, image_paths: Sequence[str | Path]) -> list[NDArray[np.uint8]]:
+    """Class maps (H, W) at each image's own size, with the values of mask files: k is class k of the data, from 1."""
+    model = load_trained(run_dir)
+    results = [inference_model(model, str(path)) for path in image_paths]
+    return [(r.pred_sem_seg.data[0].cpu().numpy() + 1).astype(np.uint8) for r in results]
+
+
+def _prepare(cfg: Config) -> None:
+    """What depends on this machine: process group, precision."""
+    cuda = torch.cuda.is_available()
+    cfg.env_cfg.dist_cfg = {"backend": "nccl" if cuda else "gloo"}
+    if cfg.get("launcher", "none") != "none" and not is_distributed():
+        init_dist(cfg.launcher, **cfg.env_cfg.dist_cfg)
+    if cfg.amp and cuda and torch.cuda.is_bf16_supported():
+        # bf16 has the range of fp32: no loss scale.
+        cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype="bfloat16", loss_scale=1.0)
+
+
+def _build_runner(cfg: Config) -> SegmentationRunner:
+    # mmengine keeps one log, message hub and visualizer per name and process.
+    cfg.experiment_name = f"{Path(cfg.work_dir).name}_{time.time_ns()}"
+    cfg.visualizer.name = cfg.experiment_name
+    runner = SegmentationRunner.from_cfg(cfg)
+    if not runner.distributed:
+        runner.model = revert_sync_batchnorm(runner.model)
+    return runner
+
+
+def _measure(runner: SegmentationRunner, cfg: Config) -> dict[str, Any]:
+    """The last evaluation's figures, and size and speed of the network on one crop."""
+    model = _unwrap(runner.model).eval()
+    image = torch.zeros(1, 3, cfg.crop_size, cfg.crop_size, device=next(model.parameters()).device)
+
+    def forward() -> Any:
+        return model(image, mode="tensor")
+
+    return {
+        **(validation_details(runner) or {}),
+        "parameters": count_parameters(model),
+        "gflops": count_gflops(forward),
+        "images_per_s": images_per_second(forward, 1),
+        "measured_image_size": cfg.crop_size,
+        "peak_memory_mb": peak_memory_mb(),
+        "validation_images": len(runner.val_dataloader.dataset),
+        "data_root": cfg.data_root,
+    }
+
+
+def _write_metrics(folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Writes metrics.json; figures of an earlier run in the folder that this one has no word on stay."""
+    path = folder / "metrics.json"
+    metrics = {**(read_json(path, "metrics") if path.exists() else {}), **metrics}
+    write_json(path, metrics)
+    print(f"wrote {path}: mIoU {metrics['miou']:.2f} (most frequent class {metrics['miou_most_frequent_class']:.2f})")
+    return metrics
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model

@@ -1,0 +1,108 @@
+"""mmengine hooks: randomness that survives a restart, checkpoints of plain tensors, and the metrics of a run."""
+
+import time
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmseg.registry import HOOKS
+
+from backbones.utils.runlog import MetricsLog
+
+from .datasets import ITERATION_SEED, seed_everything
+
+
+@HOOKS.register_module()
+class IterationSeedHook(Hook):
+    """Makes dropout and drop path a function of seed, iteration and process, so that a resumed run equals one piece."""
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        seed_everything(ITERATION_SEED, runner.seed, runner.iter, runner.rank)
+
+
+@HOOKS.register_module()
+class PlainCheckpointHook(Hook):
+    """Leaves tensors and plain values in a checkpoint, so that loading it unpickles no object."""
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        # Histories of logged scalars are objects of mmengine; metrics.jsonl keeps the values.
+        info = checkpoint["message_hub"]["runtime_info"]
+        plain = {key: value for key, value in info.items() if _is_plain(value)}
+        checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": plain, "resumed_keys": {}}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(v) for v in value)
+    return value is None or type(value) in (bool, int, float, str)
+
+
+@HOOKS.register_module()
+class MetricsHook(Hook):
+    """Writes metrics.jsonl and TensorBoard events, and prints a line every ``interval`` iterations."""
+
+    def __init__(self, interval: int = 50):
+        self.interval = interval
+        self.iteration_seconds: list[float] = []
+        self._log: MetricsLog | None = None
+        self._before = 0.0
+
+    def before_train(self, runner) -> None:
+        if is_main_process():
+            self._log = MetricsLog(runner.work_dir, resume_step=runner.iter or None)
+        self._start, self._first = time.perf_counter(), runner.iter
+        self._before = self._start
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
+        now = time.perf_counter()
+        self.iteration_seconds.append(now - self._before)
+        self._before = now
+        step = runner.iter + 1
+        if self._log is None or (step % self.interval and step != runner.max_iters):
+            return
+        values = {name: torch.as_tensor(value).item() for name, value in (outputs or {}).items()}
+        values["lr"] = max(lr for lrs in runner.optim_wrapper.get_lr().values() for lr in lrs)
+        self._log.write(step, self._epoch(runner, step), "train", values)
+        left = (now - self._start) / (step - self._first) * (runner.max_iters - step)
+        print(
+            f"iteration {step}/{runner.max_iters}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  {left:.0f} s left"
+        )
+
+    def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+        self._before = time.perf_counter()  # an evaluation is no part of an iteration
+        details = validation_details(runner)
+        if not is_main_process() or details is None:
+            return
+        values = {name: details[name] for name in ("miou", "macc", "aacc")}
+        if self._log is not None:
+            self._log.write(runner.iter, self._epoch(runner, runner.iter), "val", values)
+        print("validation  " + "  ".join(f"{name} {value:.2f}" for name, value in values.items()))
+
+    def after_train(self, runner) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    @staticmethod
+    def _epoch(runner, step: int) -> float:
+        loader = runner.train_dataloader
+        return step * loader.batch_size * runner.world_size / len(loader.dataset)
+
+
+def validation_details(runner) -> dict[str, Any] | None:
+    """What DetailedIoUMetric found in the last evaluation; None before one, and outside the main process."""
+    for metric in runner.val_evaluator.metrics:
+        if getattr(metric, "details", None) is not None:
+            return metric.details
+    return None
+
+
+def median_iteration_seconds(runner) -> float | None:
+    """Median time of a training iteration with its data; None when none was run."""
+    for hook in runner.hooks:
+        if isinstance(hook, MetricsHook) and hook.iteration_seconds:
+            return torch.tensor(hook.iteration_seconds).median().item()
+    return None

@@ -1,0 +1,77 @@
+"""Reading an image and its mask, with every value checked as it enters."""
+
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import LoadImageFromFile
+from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.registry import TRANSFORMS
+from PIL import Image
+
+from backbones.utils.errors import UserError
+
+IGNORE = 255  # mmseg's label of pixels that count neither in the loss nor in the metrics
+MAX_CLASSES = 254
+
+
+class UnreadableImageError(OSError):
+    """A file that cannot be decoded: skipped in training, the end of an evaluation."""
+
+
+@TRANSFORMS.register_module()
+class LoadCheckedImage(LoadImageFromFile):
+    """mmcv's loader on pillow, which refuses a truncated file; OpenCV fills it with grey without a word."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{"imdecode_backend": "pillow", **kwargs})
+
+    def transform(self, results: dict) -> dict:
+        try:
+            return super().transform(results)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UnreadableImageError(str(error)) from error
+
+
+@TRANSFORMS.register_module()
+class LoadCheckedAnnotations(LoadAnnotations):
+    """mmseg's mask loader; a mask of another size, with colours or with values outside the classes is an error."""
+
+    def _load_seg_map(self, results: dict) -> None:
+        mask = read_mask(results["seg_map_path"], results["num_classes"])
+        if mask.shape != tuple(results["ori_shape"]):
+            (height, width), (image_height, image_width) = mask.shape, results["ori_shape"]
+            raise UserError(
+                f"the mask {results['seg_map_path']} is {width}x{height}, its image {results['img_path']} is "
+                f"{image_width}x{image_height}. Both must have the same size."
+            )
+        labels = mask.astype(np.int16) - 1  # value 0 is unlabelled
+        results["gt_seg_map"] = np.where((mask == 0) | (mask == IGNORE), IGNORE, labels).astype(np.uint8)
+        results["seg_fields"].append("gt_seg_map")
+
+
+def read_mask(path: str, num_classes: int) -> np.ndarray:
+    """The values (H, W) of a mask file: 0 unlabelled, 1 to ``num_classes`` the classes, 255 ignored.
+
+    Raises:
+        UnreadableImageError: for a file that cannot be decoded.
+        UserError: for a mask with several channels or other values.
+    """
+    try:
+        with Image.open(path) as image:
+            mask = np.array(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(str(error)) from error
+    if mask.ndim != 2:
+        raise UserError(
+            f"the mask {path} has {mask.shape[-1]} channels; a mask has one, whose values are class numbers. "
+            "Convert colours to class numbers first."
+        )
+    wrong = (mask > num_classes) & (mask != IGNORE)
+    if mask.dtype.kind == "i":
+        wrong |= mask < 0
+    if wrong.any():
+        raise UserError(
+            f"the mask {path} holds the value {int(mask[wrong][0])}; allowed are 0 (unlabelled), 1 to {num_classes} "
+            f"(the classes) and {IGNORE} (ignored). Correct the mask, or list all classes in classes.json."
+        )
+    return mask
