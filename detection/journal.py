@@ -1,0 +1,79 @@
+"""What a run tells while it trains: lines on the terminal, metrics.jsonl and TensorBoard, run.json, its speed."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from backbones.utils.runlog import MetricsLog, write_provenance
+
+from .state import CHECKPOINT, config_values
+
+if TYPE_CHECKING:
+    from .engine import Run
+
+
+class Clock:
+    """Seconds per training step, measured over stretches without evaluation and checkpoints."""
+
+    def __init__(self, speed: list[float]):
+        self.speed = list(speed)  # seconds per step of each stretch
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._steps = time.perf_counter(), 0
+
+    def tick(self) -> None:
+        self._steps += 1
+
+    def close_stretch(self) -> None:
+        self.speed.append((time.perf_counter() - self._start) / max(1, self._steps))
+        self.restart()
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The median over the stretches."""
+        return sorted(self.speed)[len(self.speed) // 2] if self.speed else float("nan")
+
+
+class Journal:
+    """Writes a run's folder while it trains; the main process holds it."""
+
+    def __init__(self, run: "Run"):
+        self.schedule = run.schedule
+        # Of an earlier run; this one writes its own when it is done.
+        (run.folder / "metrics.json").unlink(missing_ok=True)
+        self.log = MetricsLog(run.folder, resume_step=run.start if run.saved else None)
+        write_provenance(run.folder, config_values(run.cfg), run.cfg.SEED, _protocol(run))
+        print(f"{run.cfg.MODEL.VIT.arch}: {run.schedule}", flush=True)
+        if run.saved:
+            print(f"continuing from step {run.start} of {run.folder / CHECKPOINT}", flush=True)
+
+    def train(self, done: int, losses: dict[str, Tensor], others: dict[str, float], clock: Clock) -> None:
+        values = {name: float(loss.detach()) for name, loss in losses.items()}
+        images_per_s = self.schedule.batch_size / clock.speed[-1]
+        values = {"loss": sum(values.values()), **values, **others, "images_per_s": images_per_s}
+        self.log.write(done, self.schedule.epoch(done), "train", values)
+        minutes = (self.schedule.total_steps - done) * clock.seconds_per_step / 60
+        print(
+            f"step {done}/{self.schedule.total_steps}  epoch {self.schedule.epoch(done):.2f}  "
+            f"loss {values['loss']:.3f}  lr {values['lr']:.2e}  {images_per_s:.1f} images/s  {minutes:.1f} min left",
+            flush=True,
+        )
+
+    def val(self, done: int, figures: dict[str, Any]) -> None:
+        scores = {name: value for name, value in figures.items() if isinstance(value, float)}
+        self.log.write(done, self.schedule.epoch(done), "val", scores)
+        print("  ".join(f"{name} {value:.2f}" for name, value in scores.items()), flush=True)
+
+    def close(self) -> None:
+        self.log.close()
+
+
+def _protocol(run: "Run") -> dict[str, Any]:
+    sets = {"train": run.training_set, "test": run.test_set}
+    described = {
+        name: {"json": s.json_file, "images": s.images, "annotations": s.annotations, "classes": s.classes}
+        for name, s in sets.items()
+    }
+    return {**described, "image_size": run.cfg.INPUT.IMAGE_SIZE, "masks": run.cfg.MODEL.MASK_ON}

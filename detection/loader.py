@@ -1,0 +1,160 @@
+"""How images reach the detector: an endless stream of training samples that any process can enter anywhere.
+
+The sample at a position of the stream, with its augmentation, depends on the seed and the position alone: not on the
+number of workers, and not on what came before. That is what makes a resumed run equal to one that never stopped.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data import transforms as T
+from detectron2.data.common import DatasetFromList
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from backbones.utils.errors import UserError
+from backbones.utils.skips import SkipCounter
+
+UNREADABLE = (OSError, SyntaxError)  # what PIL raises for files that are cut short or no image
+
+
+def training_mapper(cfg: CfgNode) -> DatasetMapper:
+    """Flip and large-scale jitter to IMAGE_SIZE, as ViTDet trains."""
+    size, lsj = cfg.INPUT.IMAGE_SIZE, cfg.INPUT.LSJ
+    augmentations: list[T.Augmentation] = [
+        T.ResizeScale(lsj.MIN_SCALE, lsj.MAX_SCALE, size, size),
+        T.FixedSizeCrop(crop_size=(size, size), pad=False),
+    ]
+    if cfg.INPUT.RANDOM_FLIP != "none":
+        vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
+        augmentations.insert(0, T.RandomFlip(horizontal=not vertical, vertical=vertical))
+    return DatasetMapper(
+        is_train=True,
+        augmentations=augmentations,
+        image_format=cfg.INPUT.FORMAT,
+        use_instance_mask=cfg.MODEL.MASK_ON,
+        instance_mask_format=cfg.INPUT.MASK_FORMAT,
+        recompute_boxes=cfg.MODEL.MASK_ON,  # a crop cuts boxes; what is left of the mask gives the tight one
+    )
+
+
+def inference_mapper(cfg: CfgNode) -> DatasetMapper:
+    """Shortest side to MIN_SIZE_TEST, longest at most MAX_SIZE_TEST."""
+    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    return DatasetMapper(is_train=False, augmentations=[resize], image_format=cfg.INPUT.FORMAT)
+
+
+class TrainingStream(Dataset):
+    """Sample ``position`` of an endless stream: a new shuffle every epoch, augmentation seeded by the position.
+
+    Args:
+        records: Detectron2 dataset dicts.
+        mapper: reads and augments one.
+        seed: of shuffles and augmentation.
+        skips: counts unreadable images; the next image of the shuffle takes the place of one.
+    """
+
+    def __init__(self, records: list[dict[str, Any]], mapper: DatasetMapper, seed: int, skips: SkipCounter):
+        self.records = DatasetFromList(records)
+        self.mapper = mapper
+        self.seed = seed
+        self.skips = skips
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        count = len(self.records)
+        for attempt in range(count):
+            epoch, place = divmod(position + attempt, count)
+            index = int(_shuffle(self.seed, epoch, count)[place])
+            record = self.records[index]
+            try:
+                with _seeded(self.seed, position):
+                    return self.mapper(record)
+            except SizeMismatchError as error:
+                raise UserError(f"{error} Repair the JSON.") from None
+            except UNREADABLE as error:
+                self.skips.skip(index, record["file_name"], error)
+        raise UserError("no training image could be read.")
+
+
+@lru_cache(maxsize=4)
+def _shuffle(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+@contextmanager
+def _seeded(seed: int, position: int) -> Iterator[None]:
+    """Detectron2 augments from the global generators; they are set for one sample and put back."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    state = np.random.SeedSequence([seed, position]).generate_state(4)
+    np.random.seed(state)
+    random.seed(int(state[0]))
+    try:
+        yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+def training_loader(
+    cfg: CfgNode, records: list[dict[str, Any]], start_step: int, total_steps: int
+) -> tuple[DataLoader, SkipCounter]:
+    """Batches from ``start_step`` on, this process's share of each, as lists of Detectron2 inputs."""
+    skips = SkipCounter(len(records))
+    stream = TrainingStream(records, training_mapper(cfg), cfg.SEED, skips)
+    batch, world, rank = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), comm.get_rank()
+    positions = range(start_step * batch + rank, total_steps * batch, world)
+    loader = DataLoader(
+        stream,
+        batch_size=batch // world,
+        sampler=positions,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=_as_list,
+        generator=torch.Generator(),  # its own, so that starting workers draws nothing from the run's
+    )
+    return loader, skips
+
+
+def training_records(dataset: str, filter_empty: bool = True) -> list[dict[str, Any]]:
+    """Detectron2 dataset dicts of a registered data set, images without objects left out."""
+    try:
+        return get_detection_dataset_dicts(dataset, filter_empty=filter_empty)
+    except AssertionError as error:
+        raise UserError(f"no image with a usable annotation to train on ({error}).") from None
+
+
+def _as_list(batch: list[Any]) -> list[Any]:
+    return batch
+
+
+class ReadableMapper:
+    """A mapper whose failure to read an image names the image: evaluation leaves none out."""
+
+    def __init__(self, mapper: DatasetMapper):
+        self.mapper = mapper
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self.mapper(record)
+        except SizeMismatchError as error:
+            raise UserError(f"{error} Repair the JSON.") from None
+        except UNREADABLE as error:
+            name = record["file_name"]
+            raise UserError(f"cannot read image {name} ({error}). Replace it, or remove it from the JSON.") from None
+
+
+def evaluation_loader(cfg: CfgNode, dataset: str) -> DataLoader:
+    """Every image of a registered data set once, this process's share."""
+    return build_detection_test_loader(
+        get_detection_dataset_dicts(dataset, filter_empty=False),
+        mapper=ReadableMapper(inference_mapper(cfg)),
+        batch_size=max(1, min(8, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
