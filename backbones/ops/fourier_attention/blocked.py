@@ -2,6 +2,7 @@
 
 The derivatives of the formula in reference.py, per head, with dH = dO Uᵀ and U = Wᵀ V:
 dS = Σ_m m (cos(mS) ⊙ (dH b_m) − sin(mS) ⊙ (dH a_m)), da_m = dHᵀ cos(mS), db_m = dHᵀ sin(mS), dU = Hᵀ dO.
+Heads come first and the images of a block are stacked, so that each product with the coefficients is one per head.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Bytes of one scores tile: within a CPU core's cache, large enough to fill a GPU.
+# Bytes of one block of scores: within a CPU core's cache, large enough to fill a GPU.
 _BLOCK_BYTES = {"cpu": 2**20}
 _BLOCK_BYTES_GPU = 2**27
 
@@ -21,72 +22,86 @@ class FourierAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, a, b, w, key_mask, scale):
         ctx.save_for_backward(q, k, v, a, b, w, key_mask)
         ctx.scale = scale
-        real = None if key_mask is None else key_mask[:, None, :, None].to(q.dtype)
-        u = w.transpose(-2, -1) @ (v if real is None else v * real)  # (B, h, r, d)
-        at, bt = a.transpose(-2, -1), b.transpose(-2, -1)  # (h, G, N, r)
+        u = w.transpose(-2, -1) @ _masked(v, key_mask)  # (B, h, r, d)
+        a, b = (t.permute(1, 0, 3, 2).contiguous() for t in (a, b))  # (G, h, N, r)
         out = torch.empty_like(q)
-        for rows in _blocks(q, k):
-            out[:, :, rows] = _functions(_scores(q[:, :, rows], k, scale), at, bt, real) @ u
+        for images, rows in _blocks(q):
+            s = _scores(q[images, :, rows], k[images], scale)  # (h, images·rows, N)
+            h = 0
+            for m, cos, sin in _harmonics(s, len(a), key_mask, images):
+                h = torch.bmm(cos, a[m - 1]) if m == 1 else h.baddbmm_(cos, a[m - 1])
+                h.baddbmm_(sin, b[m - 1])
+            h = h.unflatten(1, (images.stop - images.start, -1)).transpose(0, 1)  # (images, h, rows, r)
+            out[images, :, rows] = h @ u[images]
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, a, b, w, key_mask = ctx.saved_tensors
-        real = None if key_mask is None else key_mask[:, None, :, None].to(q.dtype)
-        vr = v if real is None else v * real
+        vr = _masked(v, key_mask)
         u = w.transpose(-2, -1) @ vr
-        at, bt = a.transpose(-2, -1), b.transpose(-2, -1)
+        a, b = (t.transpose(0, 1).contiguous() for t in (a, b))  # (G, h, r, N)
         dq, dk, du = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(u)
         da, db = torch.zeros_like(a), torch.zeros_like(b)
-        for rows in _blocks(q, k):
-            do = grad[:, :, rows]
-            s = _scores(q[:, :, rows], k, ctx.scale)
-            dh = do @ u.transpose(-2, -1)  # (B, h, n, r)
-            du += _functions(s, at, bt, real).transpose(-2, -1) @ do
-            ds = torch.zeros_like(s)
-            for m, cos, sin in _harmonics(s, a.shape[1]):
-                if real is not None:
-                    cos, sin = cos * real.transpose(-2, -1), sin * real.transpose(-2, -1)
-                ds.addcmul_(cos, dh @ b[:, m - 1], value=m).addcmul_(sin, dh @ a[:, m - 1], value=-m)
-                da[:, m - 1] += (dh.transpose(-2, -1) @ cos).sum(0)
-                db[:, m - 1] += (dh.transpose(-2, -1) @ sin).sum(0)
-            dq[:, :, rows] = ds @ k * ctx.scale
-            dk.add_(ds.transpose(-2, -1) @ q[:, :, rows], alpha=ctx.scale)
-        dv = w @ du
+        for images, rows in _blocks(q):
+            qb, do, count = q[images, :, rows], grad[images, :, rows], images.stop - images.start
+            dh = _stack(do @ u[images].transpose(-2, -1))  # (h, images·rows, r)
+            dht = dh.transpose(1, 2)
+            s = _scores(qb, k[images], ctx.scale)
+            ds, h = torch.zeros_like(s), torch.zeros_like(dh)
+            for m, cos, sin in _harmonics(s, len(a), key_mask, images):
+                am, bm = a[m - 1], b[m - 1]
+                h.baddbmm_(cos, am.transpose(1, 2)).baddbmm_(sin, bm.transpose(1, 2))
+                ds.addcmul_(cos, torch.bmm(dh, bm), value=m).addcmul_(sin, torch.bmm(dh, am), value=-m)
+                da[m - 1].baddbmm_(dht, cos)
+                db[m - 1].baddbmm_(dht, sin)
+            du[images] += h.unflatten(1, (count, -1)).transpose(0, 1).transpose(-2, -1) @ do
+            ds = ds.unflatten(1, (count, -1)).transpose(0, 1)  # (images, h, rows, N)
+            dq[images, :, rows] = ds @ k[images] * ctx.scale
+            dk[images] += ds.transpose(-2, -1) @ qb * ctx.scale
+        dv = _masked(w @ du, key_mask)
         dw = (vr @ du.transpose(-2, -1)).sum(0)
-        return dq, dk, dv if real is None else dv * real, da, db, dw, None, None
+        return dq, dk, dv, da.transpose(0, 1), db.transpose(0, 1), dw, None, None
 
 
-def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """Slices of the queries whose scores tile stays within the device's block size."""
+def _blocks(q: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Pairs (images, rows): several whole images, or some rows of one, whose scores fit the device's block size."""
     batch, heads, n, _ = q.shape
-    row_bytes = max(1, batch * heads * k.shape[2] * q.element_size())
-    size = max(8, _BLOCK_BYTES.get(q.device.type, _BLOCK_BYTES_GPU) // row_bytes)
-    for start in range(0, n, size):
-        yield slice(start, start + size)
+    row_bytes = max(1, heads * n * q.element_size())
+    rows = min(n, max(8, _BLOCK_BYTES.get(q.device.type, _BLOCK_BYTES_GPU) // row_bytes))
+    images = 1 if rows < n else max(1, _BLOCK_BYTES.get(q.device.type, _BLOCK_BYTES_GPU) // (row_bytes * max(1, n)))
+    for first in range(0, batch, images):
+        for start in range(0, n, max(1, rows)):
+            yield slice(first, min(batch, first + images)), slice(start, min(n, start + rows))
+
+
+def _stack(t: Tensor) -> Tensor:
+    """(images, h, rows, c) to (h, images·rows, c)."""
+    return t.transpose(0, 1).flatten(1, 2)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return (q * scale) @ k.transpose(-2, -1)
+    """Scaled scores (h, images·rows, N)."""
+    return (q.transpose(0, 1) * scale @ k.transpose(0, 1).transpose(-2, -1)).flatten(1, 2)
 
 
-def _harmonics(s: Tensor, grid: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(m, cos(m s), sin(m s)) for m = 1..G, by the angle-addition recurrence from one sin/cos pair."""
+def _harmonics(s: Tensor, grid: int, key_mask: Tensor | None, images: slice) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(m, cos(m s), sin(m s)) for m = 1..G, zero at masked keys, from one sin/cos pair by angle addition.
+
+    Masked entries stay zero through the recurrence.
+    """
     cos1, sin1 = torch.cos(s), torch.sin(s)
+    if key_mask is not None:
+        real = key_mask[images, None].to(s.dtype)  # (images, 1, N)
+        for t in (cos1, sin1):
+            t.unflatten(1, (len(real), -1)).mul_(real)
     cos, sin = cos1, sin1
     yield 1, cos, sin
     for m in range(2, grid + 1):
-        cos, sin = cos * cos1 - sin * sin1, sin * cos1 + cos * sin1
+        cos, sin = (cos * cos1).addcmul_(sin, sin1, value=-1), (sin * cos1).addcmul_(cos, sin1)
         yield m, cos, sin
 
 
-def _functions(s: Tensor, at: Tensor, bt: Tensor, real: Tensor | None) -> Tensor:
-    """H (B, h, n, r) = Σ_q φ_rq(S_kq); masked keys are left out through their coefficients."""
-    h = None
-    for m, cos, sin in _harmonics(s, at.shape[1]):
-        am, bm = at[:, m - 1], bt[:, m - 1]  # (h, N, r)
-        if real is not None:
-            am, bm = am * real, bm * real  # (B, h, N, r)
-        term = cos @ am + sin @ bm
-        h = term if h is None else h + term
-    return h
+def _masked(t: Tensor, key_mask: Tensor | None) -> Tensor:
+    """(B, h, N, d) with the rows of masked tokens set to zero."""
+    return t if key_mask is None else t * key_mask[:, None, :, None]

@@ -3,98 +3,102 @@
 import torch
 from torch import Tensor
 
+_BLOCK_ELEMENTS = 2**18  # of one block of rows on a CPU: its temporaries stay within the caches
+
 
 class GroupRational(torch.autograd.Function):
     """Same values and gradients as ``group_rational_reference``.
 
     With r = 1/Q, y = P r and upstream gradient g (arXiv 2409.10594, sgn(0) = +1):
     dx = g r (P' − y Q'), da_i = Σ g r xⁱ, db_j = −Σ g r y ∂Q/∂b_j.
+    Coefficients are widened to one row per channel, so that every step is a plain pass over rows.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, numerator: Tensor, denominator: Tensor, form: str) -> Tensor:
         ctx.save_for_backward(x, numerator, denominator)
         ctx.form = form
-        xg, a, b = _grouped(x, numerator, denominator)
-        q, _ = _denominator(xg, b, form)
-        return _polynomial(xg, a).div_(q).flatten(-2).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows, a, b = _rows(x), _widen(numerator, x, dtype), _widen(denominator, x, dtype)
+        weight = [c.abs() for c in b] if form == "sum_abs" else b
+        out = torch.empty_like(rows)
+        for block in _blocks(rows):
+            xb = rows[block].to(dtype)
+            out[block] = _polynomial(xb, a).div_(_denominator(xb.abs() if form == "sum_abs" else xb, weight)[0])
+        return out.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, numerator, denominator = ctx.saved_tensors
-        xg, a, b = _grouped(x, numerator, denominator)
-        q, base = _denominator(xg, b, ctx.form)  # base: |x| or x, what the powers in Q are taken of
-        sign = torch.where(xg < 0, -1.0, 1.0).to(xg.dtype)
-        if ctx.form == "abs_sum":
-            sign = torch.where(_sum_powers(base, b) < 0, -1.0, 1.0).to(xg.dtype)  # sgn of the sum inside |.|
-        y = _polynomial(xg, a).div_(q)
-        gr = grad.to(xg.dtype).unflatten(-1, xg.shape[-2:]) / q
-        gy = gr * y
-        dx = da = db = None
-        if ctx.needs_input_grad[0]:
-            weight = b.abs() if ctx.form == "sum_abs" else b
-            slope = _derivative(base, weight).mul_(sign)  # Q'
-            dx = _derivative(xg, a[:, 1:]).mul_(gr).sub_(slope.mul_(gy)).flatten(-2).to(x.dtype)
-        if ctx.needs_input_grad[1]:
-            sums, term = [], gr
-            for i in range(a.shape[1]):
-                term = term * xg if i else gr
-                sums.append(_per_group(term))
-            da = _fold(torch.stack(sums, 1), numerator)
-        if ctx.needs_input_grad[2]:
-            sums, term = [], (gy if ctx.form == "sum_abs" else gy.mul_(sign))
-            for _ in range(b.shape[1]):
-                term = term * base
-                sums.append(-_per_group(term))
-            db = torch.stack(sums, 1)
-            if ctx.form == "sum_abs":
-                db = db * torch.where(b < 0, -1.0, 1.0).squeeze(-1)
-            db = _fold(db, denominator)
-        return dx, da, db, None
+        signed = ctx.form == "abs_sum"
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows, grads, a, b = _rows(x), _rows(grad), _widen(numerator, x, dtype), _widen(denominator, x, dtype)
+        weight = b if signed else [c.abs() for c in b]
+        dx = torch.empty_like(rows)
+        da = rows.new_zeros(len(a), rows.shape[1], dtype=dtype)
+        db = rows.new_zeros(len(b), rows.shape[1], dtype=dtype)
+        for block in _blocks(rows):
+            xb = rows[block].to(dtype)
+            base = xb if signed else xb.abs()  # what Q's powers are taken of
+            q, inner = _denominator(base, weight)
+            sign = _sign(inner if signed else xb)
+            term = grads[block].to(dtype) / q  # g r
+            scaled = _polynomial(xb, a).div_(q).mul_(term)  # g r y
+            slope = _derivative(base, weight).mul_(sign).mul_(scaled)
+            dx[block] = _derivative(xb, a[1:]).mul_(term).sub_(slope)
+            da[0] += term.sum(0)
+            for i in range(1, len(a)):
+                da[i] += term.mul_(xb).sum(0)
+            if signed:
+                scaled.mul_(sign)
+            for j in range(len(b)):
+                db[j] -= scaled.mul_(base).sum(0)
+        if not signed:
+            db *= torch.stack([_sign(c) for c in _widen(denominator, x, dtype, always=True)])
+        return dx.view(x.shape), _narrow(da, numerator), _narrow(db, denominator), None
 
 
-def _grouped(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    groups = max(numerator.shape[0], denominator.shape[0])
-    xg = x.to(dtype).unflatten(-1, (groups, -1))  # (..., g, C/g)
-    return xg, numerator.to(dtype)[:, :, None], denominator.to(dtype)[:, :, None]
+def _rows(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1, x.shape[-1])
 
 
-def _polynomial(x: Tensor, a: Tensor) -> Tensor:
-    """Σ_{i=0..m} a_i xⁱ by Horner's rule."""
-    if a.shape[1] == 1:
-        return a[:, 0].expand_as(x).clone()
-    p = torch.addcmul(a[:, -2], x, a[:, -1])
-    for i in range(a.shape[1] - 3, -1, -1):
-        p = p.mul_(x).add_(a[:, i])
+def _blocks(rows: Tensor) -> list[slice]:
+    size = max(1, _BLOCK_ELEMENTS // rows.shape[1]) if rows.device.type == "cpu" else max(1, len(rows))
+    return [slice(start, start + size) for start in range(0, len(rows), size)]
+
+
+def _widen(coefficient: Tensor, x: Tensor, dtype: torch.dtype, always: bool = False) -> list[Tensor]:
+    """One tensor per degree: (C,) with each group's coefficient repeated, or () when all groups share it."""
+    c = coefficient.detach().to(dtype)
+    if len(c) == 1 and not always:
+        return list(c[0])
+    return list(c.repeat_interleave(x.shape[-1] // len(c), 0).T.contiguous())
+
+
+def _narrow(sums: Tensor, coefficient: Tensor) -> Tensor:
+    """(degrees, C) summed over the channels of each row of ``coefficient``."""
+    return sums.unflatten(1, (len(coefficient), -1)).sum(2).T.to(coefficient.dtype)
+
+
+def _sign(x: Tensor) -> Tensor:
+    """sgn with sgn(0) = +1."""
+    return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+
+
+def _polynomial(x: Tensor, c: list[Tensor]) -> Tensor:
+    """Σ_{i=0..m} c_i xⁱ by Horner's rule."""
+    p = (x * c[-1]).add_(c[-2]) if len(c) > 1 else torch.zeros_like(x).add_(c[0])
+    for i in range(len(c) - 3, -1, -1):
+        p.mul_(x).add_(c[i])
     return p
 
 
-def _derivative(x: Tensor, c: Tensor) -> Tensor:
+def _derivative(x: Tensor, c: list[Tensor]) -> Tensor:
     """d/dx Σ_{j=1..k} c_j xʲ = Σ j c_j xʲ⁻¹, with c_1 first."""
-    if c.shape[1] == 0:
-        return torch.zeros_like(x)
-    degrees = torch.arange(1, c.shape[1] + 1, dtype=c.dtype, device=c.device)
-    return _polynomial(x, c * degrees[:, None])
+    return _polynomial(x, [j * cj for j, cj in enumerate(c, 1)]) if c else torch.zeros_like(x)
 
 
-def _sum_powers(x: Tensor, b: Tensor) -> Tensor:
-    """Σ_{j=1..n} b_j xʲ."""
-    return _polynomial(x, b).mul_(x)
-
-
-def _denominator(x: Tensor, b: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    if form == "sum_abs":
-        base = x.abs()
-        return _sum_powers(base, b.abs()).add_(1), base
-    return _sum_powers(x, b).abs_().add_(1), x
-
-
-def _per_group(t: Tensor) -> Tensor:
-    """Sums (..., g, C/g) over everything but the group."""
-    return t.sum(-1).flatten(0, -2).sum(0) if t.dim() > 2 else t.sum(-1)
-
-
-def _fold(sums: Tensor, coefficient: Tensor) -> Tensor:
-    """Sums over groups when they share the coefficient, and casts to its type."""
-    return (sums.sum(0, keepdim=True) if coefficient.shape[0] == 1 else sums).to(coefficient.dtype)
+def _denominator(base: Tensor, weight: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Q = 1 + |Σ_{j=1..n} w_j baseʲ| and the sum inside."""
+    inner = _polynomial(base, weight).mul_(base)
+    return inner.abs().add_(1), inner
