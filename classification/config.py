@@ -93,8 +93,15 @@ class Recipe:
         for name in ("warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", *positive):
             value = getattr(self.train, name)
             if value < 0 or (name in positive and value == 0):
-                raise UserError(f"train.{name} is {value}; it must be {'positive' if name in positive else '0 or more'}.")
-        for owner, name in (("train", "ema_decay"), ("train", "layer_decay"), ("data", "crop_pct"), ("augment", "hflip")):
+                raise UserError(
+                    f"train.{name} is {value}; it must be {'positive' if name in positive else '0 or more'}."
+                )
+        for owner, name in (
+            ("train", "ema_decay"),
+            ("train", "layer_decay"),
+            ("data", "crop_pct"),
+            ("augment", "hflip"),
+        ):
             value = getattr(getattr(self, owner), name)
             if not 0 <= value <= 1:
                 raise UserError(f"{owner}.{name} is {value}; it must be between 0 and 1.")
@@ -142,7 +149,9 @@ def _apply(recipe: Recipe, override: str) -> None:
 
 
 def _fill(target: Any, values: Mapping[str, Any], where: str) -> Any:
-    check_keys(f"the recipe's {where.rstrip('.')!r}" if where else "the recipe", values, [f.name for f in fields(target)])
+    check_keys(
+        f"the recipe's {where.rstrip('.')!r}" if where else "the recipe", values, [f.name for f in fields(target)]
+    )
     types = get_type_hints(type(target))
     for key, value in values.items():
         current = getattr(target, key)

@@ -43,7 +43,9 @@ class ReaderSource:
         try:
             self.reader = create_reader("", root=str(path), class_map=class_map)
         except RuntimeError as error:
-            raise UserError(f"{path} holds no images ({error}). Put each class's images in a folder of its own.") from None
+            raise UserError(
+                f"{path} holds no images ({error}). Put each class's images in a folder of its own."
+            ) from None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error}. It is damaged or not a tar file.") from None
         self.classes = list(self.reader.class_to_idx)
@@ -70,7 +72,9 @@ class CifarSource:
         try:
             self.dataset = kind(str(root), train=train)
         except RuntimeError as error:
-            raise UserError(f"the CIFAR batches in {root} are incomplete or damaged ({error}). Unpack them again.") from None
+            raise UserError(
+                f"the CIFAR batches in {root} are incomplete or damaged ({error}). Unpack them again."
+            ) from None
         self.classes = self.dataset.classes
 
     def __len__(self) -> int:

@@ -27,7 +27,7 @@ from backbones.utils.runlog import MetricsLog, write_provenance
 from backbones.utils.skips import SkipCounter
 
 from .config import Recipe
-from .data import TRAIN_NAMES, VAL_NAMES, open_split, train_loader, val_loader
+from .data import TRAIN_NAMES, VAL_NAMES, Source, open_split, train_loader, val_loader
 
 WEIGHTS, STATE = "model.safetensors", "checkpoint.pt"
 
@@ -54,28 +54,8 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
     batches = train_loader(recipe, source, skips, size, world.device, world.size)
     val_batches = val_loader(recipe, held_out, size, world.device, world.rank, world.size)
 
-    batch = options.batch_size * world.size
-    scale = batch / options.reference_batch
-    optimizer = create_optimizer_v2(
-        network,
-        opt=options.optimizer,
-        lr=options.lr * scale,
-        weight_decay=options.weight_decay,
-        layer_decay=options.layer_decay if options.layer_decay < 1 else None,
-        betas=tuple(options.betas),
-        eps=options.eps,
-    )
-    steps = len(batches)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=options.epochs,
-        warmup_epochs=options.warmup_epochs,
-        warmup_lr=options.warmup_lr * scale,
-        min_lr=options.min_lr * scale,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
+    steps, batch = len(batches), options.batch_size * world.size
+    optimizer, scheduler = _schedule(recipe, network, steps, batch)
     ema = ModelEmaV3(network, decay=options.ema_decay, use_warmup=True) if options.ema_decay else None
     model = nn.parallel.DistributedDataParallel(network) if world.size > 1 else network
     mixup = _mixup(recipe, len(source.classes))
@@ -84,30 +64,15 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
     start = _load_state(output / STATE, network, ema, optimizer) if resume else 0
     log = MetricsLog(output, resume_step=start * steps if resume else None) if world.is_main else None
     if world.is_main:
-        derived = {"batch": batch, "lr": options.lr * scale, "steps_per_epoch": steps, "steps": steps * options.epochs}
-        protocol = {
-            "root": recipe.data.root,
-            "train_images": len(source),
-            "val_images": len(held_out),
-            "classes": source.classes,
-            "img_size": size,
-            "crop_pct": recipe.data.crop_pct,
-        }
-        config = {**recipe.to_dict(), "backbone": network.config.to_dict(), "derived": derived}
-        write_provenance(output, config, options.seed, protocol)
-        print(
-            f"{network.config.arch}: {count_parameters(network) / 1e6:.2f}M parameters, {len(source)} images, "
-            f"{len(source.classes)} classes\nlr {options.lr:g} at batch {options.reference_batch} -> "
-            f"{options.lr * scale:g} at batch {batch}; {options.epochs} epochs = {steps * options.epochs} steps; "
-            f"{precision or 'fp32'} on {world.device}",
-            flush=True,
-        )
+        _announce(recipe, network, source, held_out, steps, batch, f"{precision or 'fp32'} on {world.device}")
 
     seen, busy = 0, 0.0
     metrics: dict[str, float] = {}
     for epoch in range(start, options.epochs):
         began = time.perf_counter()
-        loss = _train_epoch(epoch, recipe, model, ema, optimizer, scheduler, mixup, batches, precision, world, log, skips)
+        loss = _train_epoch(
+            epoch, recipe, model, ema, optimizer, scheduler, mixup, batches, precision, world, log, skips
+        )
         busy += time.perf_counter() - began
         seen += steps * batch
         last = epoch + 1 == options.epochs
@@ -117,7 +82,10 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
                 log.write((epoch + 1) * steps, epoch + 1, "val", metrics)
         if world.is_main:
             shown = " ".join(f"{k} {v:.2f}" for k, v in metrics.items())
-            print(f"epoch {epoch + 1}/{options.epochs} train loss {loss:.3f} | {shown} | {seen / busy:.0f} img/s", flush=True)
+            print(
+                f"epoch {epoch + 1}/{options.epochs} train loss {loss:.3f} | {shown} | {seen / busy:.0f} img/s",
+                flush=True,
+            )
             _save_state(output / STATE, network, ema, optimizer, epoch + 1)
     if not metrics:  # resumed after its last epoch
         metrics = evaluate(ema.module if ema else network, val_batches, precision, world)
@@ -133,6 +101,59 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
         log.close()
     world.close()
     return metrics
+
+
+def _schedule(recipe: Recipe, network: nn.Module, steps: int, batch: int):
+    """Optimizer and per-step cosine schedule, their rates scaled from the reference batch to ``batch``."""
+    options, scale = recipe.train, batch / recipe.train.reference_batch
+    try:
+        optimizer = create_optimizer_v2(
+            network,
+            opt=options.optimizer,
+            lr=options.lr * scale,
+            weight_decay=options.weight_decay,
+            layer_decay=options.layer_decay if options.layer_decay < 1 else None,
+            betas=tuple(options.betas),
+            eps=options.eps,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"train.optimizer {options.optimizer!r}: {error}. Take one of timm's, such as adamw.") from None
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=options.epochs,
+        warmup_epochs=options.warmup_epochs,
+        warmup_lr=options.warmup_lr * scale,
+        min_lr=options.min_lr * scale,
+        step_on_epochs=False,
+        updates_per_epoch=steps,
+    )
+    return optimizer, scheduler
+
+
+def _announce(
+    recipe: Recipe, network: nn.Module, source: Source, held_out: Source, steps: int, batch: int, where: str
+) -> None:
+    """Prints what was derived from the recipe, and writes it with the data protocol into run.json."""
+    options = recipe.train
+    lr = options.lr * batch / options.reference_batch
+    derived = {"batch": batch, "lr": lr, "steps_per_epoch": steps, "steps": steps * options.epochs}
+    protocol = {
+        "root": recipe.data.root,
+        "train_images": len(source),
+        "val_images": len(held_out),
+        "classes": source.classes,
+        "img_size": network.config.img_size,
+        "crop_pct": recipe.data.crop_pct,
+    }
+    config = {**recipe.to_dict(), "backbone": network.config.to_dict(), "derived": derived}
+    write_provenance(recipe.output, config, options.seed, protocol)
+    print(
+        f"{network.config.arch}: {count_parameters(network) / 1e6:.2f}M parameters, {len(source)} images, "
+        f"{len(source.classes)} classes\nlr {options.lr:g} at batch {options.reference_batch} -> {lr:g} at batch "
+        f"{batch}; {options.epochs} epochs = {steps * options.epochs} steps; {where}",
+        flush=True,
+    )
 
 
 def evaluate_only(recipe: Recipe, device: str | None = None) -> dict[str, float]:
@@ -189,7 +210,9 @@ def evaluate(network: nn.Module, batches, precision: torch.dtype | None, world: 
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
 
 
-def _train_epoch(epoch, recipe, model, ema, optimizer, scheduler, mixup, batches, precision, world, log, skips) -> float:
+def _train_epoch(
+    epoch, recipe, model, ema, optimizer, scheduler, mixup, batches, precision, world, log, skips
+) -> float:
     """One pass over the data; returns the mean training loss."""
     options, steps = recipe.train, len(batches)
     dataset = batches.dataset
@@ -303,7 +326,9 @@ def _load_state(path: Path, network: nn.Module, ema: ModelEmaV3 | None, optimize
             ema.module.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, KeyError, ValueError, EOFError, AttributeError) as error:
-        raise UserError(f"{path} does not fit this recipe ({error}). Resume with the recipe the run began with.") from None
+        raise UserError(
+            f"{path} does not fit this recipe ({error}). Resume with the recipe the run began with."
+        ) from None
     random.setstate(_tuples(state["python_rng"]))
     kind, keys, *rest = state["numpy_rng"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

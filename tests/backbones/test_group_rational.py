@@ -1,0 +1,104 @@
+"""The group-rational activation: formula, gradients with sgn(0) = +1, sharing, types, and its checks."""
+
+import pytest
+import torch
+
+from backbones.layers.gr_kan import GroupRational
+from backbones.ops import group_rational
+from backbones.ops.rational import eager
+from backbones.ops.rational.reference import group_rational_reference
+
+
+def inputs(rows=6, width=48, numerator_rows=1, groups=8, degrees=(5, 4)):
+    x = torch.randn(rows, width, dtype=torch.float64)
+    x[0, :10] = 0.0
+    a = torch.randn(numerator_rows, degrees[0] + 1, dtype=torch.float64)
+    b = torch.randn(groups, degrees[1], dtype=torch.float64)
+    b[:, -1] = 0.0
+    return [t.requires_grad_() for t in (x, a, b)]
+
+
+def test_equals_the_formula_channel_by_channel():
+    x, a, b = (t.detach() for t in inputs(numerator_rows=8))
+    out = group_rational(x, a, b)
+    for channel in range(48):
+        group, value = channel // 6, x[:, channel]
+        p = sum(a[group, i] * value**i for i in range(6))
+        q = 1 + sum(b[group, j - 1].abs() * value.abs() ** j for j in range(1, 5))
+        torch.testing.assert_close(out[:, channel], p / q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["sum_abs", "abs_sum"])
+@pytest.mark.parametrize("numerator_rows", [1, 8], ids=["shared", "per_group"])
+@pytest.mark.parametrize("degrees", [(5, 4), (3, 1), (0, 2)])
+def test_eager_form_has_the_references_values_and_gradients(form, numerator_rows, degrees, monkeypatch):
+    monkeypatch.setattr(eager, "_BLOCK_ELEMENTS", 96)  # several blocks
+    tensors = inputs(rows=5, numerator_rows=numerator_rows, degrees=degrees)
+    upstream = torch.randn(5, 48, dtype=torch.float64)
+    results = []
+    for function in (group_rational, group_rational_reference):
+        out = function(*tensors, form)
+        grads = torch.autograd.grad((out * upstream).sum(), tensors, allow_unused=True)
+        results.append([out, *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors, strict=True))])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", ["sum_abs", "abs_sum"])
+def test_gradients_pass_finite_differences_away_from_the_kinks(form):
+    x = torch.randn(3, 16, dtype=torch.float64)
+    x = (x + 0.2 * x.sign()).requires_grad_()
+    a = torch.randn(1, 6, dtype=torch.float64, requires_grad=True)
+    b = (torch.rand(4, 4, dtype=torch.float64) + 0.2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *t: group_rational(*t, form), (x, a, b))
+
+
+def test_identity_start_can_learn_its_denominator():
+    """With all b = 0 the derivative of |b| at 0 decides: autograd's 0 would freeze b, +1 does not."""
+    layer = GroupRational(groups=4, degrees=(5, 4), init="identity")
+    x = torch.randn(10, 16)
+    torch.testing.assert_close(layer(x), x)
+    layer(x).pow(2).sum().backward()
+    assert (layer.weight_denominator.grad < 0).all()
+
+
+def test_swish_start_is_swish_on_its_range():
+    x = torch.linspace(-3, 3, 1000, dtype=torch.float64)[:, None].repeat(1, 8)
+    layer = GroupRational(groups=8, degrees=(5, 4), init="swish").double()
+    assert (layer(x) - torch.nn.functional.silu(x)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_output_has_the_inputs_type_even_under_autocast(dtype):
+    x = torch.randn(4, 16).to(dtype)
+    a, b = torch.randn(1, 6), torch.randn(8, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = group_rational(x, a, b)
+    assert out.dtype == dtype
+    expected = group_rational(x.double(), a.double(), b.double())
+    assert ((out - expected).abs() <= torch.finfo(dtype).eps * (1 + 4 * expected.abs())).all()
+
+
+def test_strides_leading_shapes_and_empty_batches():
+    a, b = torch.randn(1, 6), torch.randn(8, 4)
+    x = torch.randn(16, 5, 3).permute(2, 1, 0)  # (3, 5, 16), not contiguous
+    torch.testing.assert_close(group_rational(x, a, b), group_rational(x.contiguous(), a, b))
+    wide = torch.randn(1, 16).expand(4, 16).requires_grad_()
+    group_rational(wide, a, b).sum().backward()  # an expanded gradient
+    assert group_rational(torch.empty(0, 16), a, b).shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("x", "a", "b", "message"),
+    [
+        (torch.ones(2, 15), torch.ones(1, 6), torch.ones(8, 4), r"\(15,\).*8 groups"),
+        (torch.ones(2, 16, dtype=torch.int64), torch.ones(1, 6), torch.ones(8, 4), "int64"),
+        (torch.ones(2, 16), torch.ones(2, 6), torch.ones(8, 4), "2 groups and denominator 8"),
+        (torch.ones(2, 16), torch.ones(6), torch.ones(8, 4), r"numerator must be .* got shape \(6,\)"),
+        (torch.ones(2, 16, device="meta"), torch.ones(1, 6), torch.ones(8, 4), "meta.*cpu"),
+    ],
+    ids=["width", "integer", "groups", "shape", "device"],
+)
+def test_input_that_does_not_fit_is_named(x, a, b, message):
+    with pytest.raises(ValueError, match=message):
+        group_rational(x, a, b)

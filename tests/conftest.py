@@ -1,0 +1,33 @@
+"""Fixtures of all tests: the tools folder on the path, small sample data, where real data would be."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def sample_data(tmp_path_factory):
+    """The sample data set at its smallest: 24 + 8 scenes, 12 + 6 images per class."""
+    from make_sample_data import make_sample_data
+
+    return make_sample_data(tmp_path_factory.mktemp("data") / "sample", seed=0, scenes=(24, 8), objects=(12, 6))
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder with real images, for tests on them: KARVIS_DATA, or shared/data beside the checkout."""
+    folder = Path(os.environ.get("KARVIS_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set KARVIS_DATA")
+    return folder
