@@ -81,7 +81,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str | Path) ->
 
 
 def save_model(path: str | Path, model: nn.Module, cfg: Config, dataset_meta: dict[str, Any]) -> None:
-    """Writes the weights, with what ``load_model`` needs to build the model in the file's metadata."""
+    """Writes the weights, with what ``load_description`` needs to build the model in the file's metadata."""
     description = Config({"model": cfg.model, "test_pipeline": cfg.test_pipeline}).to_dict()
     # The weights that training started from need not exist any more.
     description["model"]["backbone"]["weights"] = None
@@ -94,4 +94,8 @@ def load_description(path: str | Path) -> tuple[Config, dict[str, Any]]:
     metadata = read_metadata(path)
     if metadata.get("task") != "segmentation":
         raise UserError(f"{path} was not written by tools/train_seg.py; it holds no description of a segmentor.")
-    return Config(metadata["config"]), metadata["dataset_meta"]
+    description = metadata["config"]
+    for step in description["test_pipeline"]:
+        if "scale" in step:
+            step["scale"] = tuple(step["scale"])  # JSON has no tuples, and mmcv takes no list
+    return Config(description), metadata["dataset_meta"]

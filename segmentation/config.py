@@ -15,7 +15,7 @@ from backbones.utils.errors import UserError, check_choice, check_keys
 
 from .datasets import class_metainfo
 
-SIZE_FOLDER = Path(__file__).parent / "configs" / "sizes"
+CONFIG_FOLDER = Path(__file__).parent / "configs"
 
 
 def load_config(
@@ -37,7 +37,7 @@ def load_config(
     """
     path = Path(path)
     if not path.is_file():
-        known = ", ".join(sorted(p.name for p in (SIZE_FOLDER.parent).glob("upernet_*.py")))
+        known = ", ".join(sorted(p.name for p in CONFIG_FOLDER.glob("upernet_*.py")))
         raise UserError(f"the config {path} does not exist. In segmentation/configs there are {known}.")
     try:
         cfg = Config.fromfile(path)
@@ -45,7 +45,7 @@ def load_config(
         raise UserError(f"the config {path} cannot be read: {error}") from error
     if size is not None:
         check_choice("size", size, SIZES)
-        cfg.merge_from_dict(Config.fromfile(SIZE_FOLDER / f"{size}.py").to_dict())
+        cfg.merge_from_dict(Config.fromfile(CONFIG_FOLDER / "sizes" / f"{size}.py").to_dict())
         cfg.model.backbone.arch = resize_arch(cfg.model.backbone.arch, size)
     check_options(cfg, options or {})
     cfg.merge_from_dict(dict(options or {}))
