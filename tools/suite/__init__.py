@@ -1,0 +1,1 @@
+"""The comparison: which runs there are, running them, and the report of what came out."""

@@ -1,0 +1,101 @@
+"""Running the jobs of a comparison: several at a time, each in a process, continuing what was interrupted."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from backbones.utils.errors import UserError
+from backbones.utils.files import make_folder, read_json
+
+from .plan import ROOT, Job
+
+_SHOWN = {
+    "classification": ("top1",),
+    "detection": ("box_ap50", "box_ap", "mask_ap"),
+    "segmentation": ("miou",),
+}
+
+
+def default_jobs() -> int:
+    """Runs at a time: one per GPU; without a GPU one per core, at most four."""
+    import torch
+
+    return torch.cuda.device_count() or min(4, os.cpu_count() or 1)
+
+
+def run_jobs(jobs: list[Job], slots: int) -> None:
+    """Runs every job that is not done, pretraining before what starts from it.
+
+    Raises:
+        UserError: when a run failed, with the end of its log; the others are finished first.
+    """
+    waiting = [job for job in jobs if not job.is_done()]
+    total, done = len(jobs), len(jobs) - len(waiting)
+    for job in jobs:
+        if job.is_done():
+            print(f"[done before] {job.name}: {_figures(job)}", flush=True)
+    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}
+    failed: list[Job] = []
+    try:
+        while waiting or running:
+            for slot in set(range(slots)) - set(running):
+                job = _next(waiting, jobs)
+                if job is None:
+                    break
+                waiting.remove(job)
+                running[slot] = (job, _start(job, slot, slots), time.monotonic())
+            if not running:  # what is left waits for a pretraining that failed
+                break
+            time.sleep(0.2)
+            for slot, (job, process, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[slot]
+                seconds = time.monotonic() - began
+                if process.returncode == 0 and job.is_done():
+                    done += 1
+                    print(f"[{done}/{total}] {job.name}: {_figures(job)} ({seconds:.0f} s)", flush=True)
+                else:
+                    failed.append(job)
+                    print(f"[failed] {job.name} after {seconds:.0f} s, see {job.folder / 'log.txt'}", flush=True)
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+        for _, process, _ in running.values():
+            process.wait()
+    if failed:
+        log = (failed[0].folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
+        raise UserError(
+            f"{len(failed)} of {total} runs failed. The first, {failed[0].name}, ended with:\n"
+            + "\n".join(f"  {line}" for line in log.splitlines()[-5:])
+            + "\nMend the cause and give the same command again: finished runs are kept."
+        )
+
+
+def _next(waiting: list[Job], jobs: list[Job]) -> Job | None:
+    """The first job whose pretraining is done."""
+    done = {job.family for job in jobs if job.task == "classification" and job.is_done()}
+    return next((job for job in waiting if job.task == "classification" or job.family in done), None)
+
+
+def _start(job: Job, slot: int, slots: int) -> subprocess.Popen:
+    resume = ["--resume"] if job.resumable() else []
+    make_folder(job.folder)
+    threads = max(1, (os.cpu_count() or 1) // slots)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTORCH_JIT": "0", "PYTHONUNBUFFERED": "1"}
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        environment["CUDA_VISIBLE_DEVICES"] = str(slot)
+    command = [*job.command[:2], *resume, *job.command[2:]]
+    with Path(job.folder / "log.txt").open("a", encoding="utf-8") as log:
+        log.write("$ " + " ".join(command) + "\n")
+        log.flush()
+        print(f"[started] {job.name}{' again' if resume else ''}", flush=True)
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment
+        )
+
+
+def _figures(job: Job) -> str:
+    metrics = read_json(job.folder / "metrics.json", "metrics")
+    return ", ".join(f"{name} {metrics[name]:.1f}" for name in _SHOWN[job.task] if name in metrics)
