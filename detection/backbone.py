@@ -60,6 +60,11 @@ class ViTDetBackbone(SimpleFeaturePyramid):
         top.in_feature = self._out_features[-1 - top.num_levels]
         self._size_divisibility = max(self._size_divisibility, net.trunk.patch_size)
 
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to a multiple of this. SimpleFeaturePyramid says so under a misspelt key only."""
+        return self._size_divisibility
+
 
 def pyramid_strides(patch_size: int, scale_factors: list[float]) -> dict[str, int]:
     """Stride in pixels of each pyramid level by its Detectron2 name, the max-pooled top level last."""

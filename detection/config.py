@@ -93,6 +93,7 @@ def get_config() -> CfgNode:
     solver.LOG_STEPS = 20
     cfg.TEST.EVAL_EPOCHS = 0.0  # 0 = after the last epoch only
     cfg.SEED = 0
+    cfg.OUTPUT_DIR = "runs/detection"
     return cfg
 
 

@@ -64,7 +64,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     Args:
         cfg: from ``load_config``; OUTPUT_DIR takes model.safetensors, checkpoint.pth, metrics.jsonl, TensorBoard
             events, run.json and metrics.json.
-        resume: continue from OUTPUT_DIR's checkpoint, if there is one.
+        resume: continue from OUTPUT_DIR's checkpoint.
     """
     run = prepare(cfg, resume)
     schedule = run.schedule
@@ -116,11 +116,12 @@ def prepare(cfg: CfgNode, resume: bool) -> Run:
     world = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % world:
         raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not divisible by {world} processes.")
-    folder = make_folder(cfg.OUTPUT_DIR)
+    folder = Path(cfg.OUTPUT_DIR)
+    _check_output(folder, resume)
     training_set, test_set = register_datasets(cfg)
     records = training_records(training_set.name, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     schedule = make_schedule(cfg, len(records))
-    resume = resume and (folder / CHECKPOINT).is_file()
+    make_folder(folder)
     if resume:
         cfg.MODEL.VIT.weights, cfg.MODEL.WEIGHTS = None, ""
 
@@ -136,6 +137,14 @@ def prepare(cfg: CfgNode, resume: bool) -> Run:
     devices = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
     network = create_ddp_model(model, broadcast_buffers=False, **devices)
     return Run(cfg, folder, training_set, test_set, model, network, optimizer, schedule, loader, skips, start, saved)
+
+
+def _check_output(folder: Path, resume: bool) -> None:
+    exists = (folder / CHECKPOINT).is_file()
+    if resume and not exists:
+        raise UserError(f"nothing to resume: {folder / CHECKPOINT} does not exist. Leave out --resume to start.")
+    if exists and not resume:
+        raise UserError(f"{folder} holds a run already. Continue it with --resume, or choose another OUTPUT_DIR.")
 
 
 def train_step(run: Run, batch: list[dict[str, Any]], lr: float, step: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -183,7 +192,7 @@ def _diverged(step: int, what: str, batch: list[dict[str, Any]]) -> str:
 
 def evaluate_run(cfg: CfgNode) -> dict[str, Any]:
     """Evaluates MODEL.WEIGHTS, or OUTPUT_DIR's model, on DATASETS.TEST_*; updates OUTPUT_DIR's metrics.json."""
-    folder = make_folder(cfg.OUTPUT_DIR)
+    folder = Path(cfg.OUTPUT_DIR)
     source = Path(cfg.MODEL.WEIGHTS or folder / WEIGHTS)
     own = source.resolve() == (folder / WEIGHTS).resolve()
     if source.suffix == ".safetensors":
@@ -201,7 +210,7 @@ def evaluate_run(cfg: CfgNode) -> dict[str, Any]:
     if not comm.is_main_process():
         return {}
     figures |= measure_cost(cfg, model, test_set.name)
-    path = folder / "metrics.json"
+    path = make_folder(folder) / "metrics.json"
     before = read_json(path, "metrics") if own and path.is_file() else {}
     write_json(path, {**before, **figures})
     return figures

@@ -69,21 +69,22 @@ def load_detector(model: nn.Module, path: str | Path, strict: bool = True) -> No
     """Fills a whole detector from safetensors or a tensors-only .pth.
 
     Args:
-        strict: every tensor must match; otherwise those of another shape (such as a head with other classes) keep
-            their start, and are named.
+        strict: every tensor must match; otherwise those of the heads that have another shape (other classes) keep their
+            start, and are named.
     """
     state, target = _read(Path(path)), model.state_dict()
     fits = {name: t for name, t in state.items() if name in target and t.shape == target[name].shape}
     missing = [name for name in target if name not in fits]
-    share = sum(t.numel() for t in fits.values()) / max(1, sum(t.numel() for t in target.values()))
-    if (strict and missing) or share < 0.5:
+    needed = missing if strict else [name for name in missing if name.startswith("backbone.")]
+    if needed:
+        more = f" and {len(needed) - 3} more" if len(needed) > 3 else ""
         raise UserError(
-            f"{path} fills {share:.0%} of this detector; without a match: {', '.join(missing[:3])} and "
-            f"{max(0, len(missing) - 3)} more. Use the config and the classes that it was trained with."
+            f"{path} fills {len(fits)} of this detector's {len(target)} tensors; without a match: "
+            f"{', '.join(needed[:3])}{more}. Use the config and the classes that it was trained with."
         )
     model.load_state_dict(fits, strict=False)
     if missing:
-        print(f"{path}: {share:.0%} of the detector; left at their start: {', '.join(missing)}")
+        print(f"{path}: {len(fits)} of {len(target)} tensors; left at their start: {', '.join(missing)}")
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

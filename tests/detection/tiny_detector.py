@@ -1,0 +1,11 @@
+"""Settings under which a detector trains within seconds: 24 scenes of 64 pixels, batches of 4, 3 steps."""
+
+from pathlib import Path
+
+CONFIGS = Path(__file__).resolve().parents[2] / "detection"
+TINY = [
+    *("INPUT.IMAGE_SIZE", "64", "MODEL.VIT.depth", "2", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.EPOCHS", "0.5"),
+    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", "20", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "10", "SOLVER.LOG_STEPS", "1"),
+    *("MODEL.RPN.PRE_NMS_TOPK_TEST", "20", "MODEL.RPN.POST_NMS_TOPK_TEST", "10", "MODEL.DEVICE", "cpu"),
+    *("DATALOADER.NUM_WORKERS", "0"),
+]
