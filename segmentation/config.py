@@ -13,7 +13,7 @@ from backbones.config import BackboneConfig
 from backbones.models.presets import SIZES, preset_config, resize_arch
 from backbones.utils.errors import UserError, check_choice, check_keys
 
-from .datasets import class_metainfo
+from .datasets import class_metainfo, class_weights
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -126,18 +126,24 @@ def backbone_config(cfg: Config) -> BackboneConfig:
     return config
 
 
-def plan_schedule(cfg: Config) -> dict[str, float]:
-    """Turns the schedule in epochs into iterations for the data and batch at hand, and scales the learning rate.
+def plan_training(cfg: Config) -> dict[str, float]:
+    """Fills in what depends on the training data: iterations for the batch at hand, learning rate, class weights.
 
     Returns the derived numbers, for the log.
     """
     schedule = cfg.schedule
-    images = len(DATASETS.build(cfg.train_dataloader.dataset))
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    images = len(dataset)
     batch = cfg.train_dataloader.batch_size * get_world_size()
     iterations = schedule.max_iters or max(1, round(schedule.epochs * images / batch))
     warmup = min(round(schedule.warmup_epochs * images / batch), iterations // 2)
     interval = min(iterations, max(1, round(schedule.val_epochs * images / batch)))
     cfg.optim_wrapper.optimizer.lr *= batch / schedule.reference_batch_size
+
+    if cfg.class_balance:
+        weights = class_weights(dataset, cfg.class_balance)
+        for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
+            head.loss_decode.class_weight = weights
 
     cfg.train_cfg.update(max_iters=iterations, val_interval=interval)
     cfg.default_hooks.checkpoint.interval = interval

@@ -23,7 +23,7 @@ from backbones.utils.measure import count_gflops, count_parameters, images_per_s
 from backbones.utils.runlog import write_provenance
 
 from . import checkpoint
-from .config import plan_schedule
+from .config import plan_training
 from .hooks import median_iteration_seconds, validation_details
 
 WEIGHTS = "model.safetensors"
@@ -56,7 +56,7 @@ def train(cfg: Config, resume: bool = False) -> dict[str, Any]:
     """
     folder = make_folder(cfg.work_dir)
     _prepare(cfg)
-    plan = plan_schedule(cfg)
+    plan = plan_training(cfg)
     last = checkpoint.find_last(folder) if resume else None
     if is_main_process():
         print("derived  " + "  ".join(f"{name} {value:g}" for name, value in plan.items()))

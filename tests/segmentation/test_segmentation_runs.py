@@ -19,7 +19,7 @@ from backbones.utils.errors import UserError, run_main
 from backbones.utils.measure import images_per_second
 from backbones.utils.runlog import read_metrics
 from segmentation import engine
-from segmentation.config import CONFIG_FOLDER
+from segmentation.config import CONFIG_FOLDER, plan_training
 from segmentation.engine import evaluate, predict, train
 
 
@@ -128,11 +128,9 @@ _register_most_frequent_class()
 
 
 def test_learning_rate_and_iterations_follow_the_batch(make_config):
-    from segmentation.config import plan_schedule
-
     small = make_config(options={"schedule.max_iters": None, "schedule.epochs": 3, "train_dataloader.batch_size": 4})
     base = small.optim_wrapper.optimizer.lr
-    plan = plan_schedule(small)
+    plan = plan_training(small)
     assert plan["iterations"] == 18
     assert plan["learning_rate"] == pytest.approx(base * 4 / small.schedule.reference_batch_size)
 

@@ -13,6 +13,7 @@ crop_size = 512
 # The published schedule, 160,000 iterations of 16 of 20,210 images; a warm-up of 1,500. lr is for reference_batch_size
 # and scales linearly with the batch. max_iters, when set, goes before epochs.
 schedule = dict(epochs=126.7, warmup_epochs=1.19, val_epochs=12.67, reference_batch_size=16, max_iters=None)
+class_balance = 0.0  # weigh the loss of a class by its frequency to minus this power; the published recipe does not
 log_interval = 50
 amp = True  # bf16 autocast, on GPUs that have it
 
