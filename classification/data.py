@@ -1,8 +1,5 @@
 """Images of a classification data set: folders, tar files and CIFAR batches, through timm's readers and loader."""
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import sharedctypes
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,9 +9,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_loader
 from timm.data.readers import create_reader
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from backbones.utils.errors import UserError
+from backbones.utils.rng import sample_seed
 from backbones.utils.skips import SkipCounter
 
 from .config import Recipe
@@ -39,16 +37,21 @@ class ReaderSource:
 
     def __init__(self, path: Path, classes: list[str] | None = None):
         self.path = path
-        class_map = {name: i for i, name in enumerate(classes)} if classes else ""
+        options: dict[str, Any] = {"class_map": {name: i for i, name in enumerate(classes)}} if classes else {}
+        if path.suffix == ".tar":
+            options["cache_tarinfo"] = False  # timm's cache is a pickle beside the data
         try:
-            self.reader = create_reader("", root=str(path), class_map=class_map)
+            self.reader = create_reader("", root=str(path), **options)
         except RuntimeError as error:
             raise UserError(
                 f"{path} holds no images ({error}). Put each class's images in a folder of its own."
             ) from None
         except OSError as error:
             raise UserError(f"cannot read {path}: {error}. It is damaged or not a tar file.") from None
-        self.classes = list(self.reader.class_to_idx)
+        tar = path.suffix == ".tar"
+        self.classes = list(self.reader.class_name_to_idx if tar else self.reader.class_to_idx)
+        if not len(self.reader):
+            raise UserError(f"{path} holds no images. Put each class's images in a folder of its own.")
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -112,7 +115,7 @@ class Images(Dataset):
     def __getitem__(self, position: int) -> tuple[Any, int]:
         index = self.indices[position]
         image, target = self._load(index)
-        with sample_seed((self.seed, self._epoch.value, index)):
+        with sample_seed(self.seed, self._epoch.value, index):
             return self.transform(image), target
 
     def _load(self, index: int) -> tuple[Image.Image, int]:
@@ -125,23 +128,6 @@ class Images(Dataset):
                     raise UserError(f"cannot read the image {name} ({error}). Repair or remove it.") from None
                 self.skips.skip(index, name, error)  # ends the run past its limit, so this loop ends
                 index = (index + 1) % len(self.source)
-
-
-@contextmanager
-def sample_seed(key: tuple[int, ...]) -> Iterator[None]:
-    """Seeds Python's, NumPy's and PyTorch's generators by ``key``; in the main process they continue afterwards."""
-    state = None if get_worker_info() else (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        if state is not None:
-            random.setstate(state[0])
-            np.random.set_state(state[1])
-            torch.set_rng_state(state[2])
 
 
 def open_split(root: str, split: str, names: tuple[str, ...], classes: list[str] | None = None) -> Source:
@@ -186,7 +172,7 @@ def train_loader(
             f"{len(source)} training images are fewer than one batch of {whole}. "
             f"Set train.batch_size to at most {len(source) // world_size}."
         )
-    return create_loader(
+    loader = create_loader(
         Images(source, train.seed, skips),
         is_training=True,
         scale=tuple(augment.scale),
@@ -200,6 +186,16 @@ def train_loader(
         distributed=world_size > 1,
         **_common(recipe, img_size, device),
     )
+    return _with_own_generators(loader)
+
+
+def start_epoch(loader: DataLoader, seed: int, epoch: int) -> None:
+    """Chooses the order and the augmentation of one epoch, whatever was drawn before."""
+    loader.dataset.set_epoch(epoch)
+    if hasattr(loader.sampler, "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    else:
+        loader.sampler.generator.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
 
 
 def val_loader(
@@ -207,12 +203,22 @@ def val_loader(
 ) -> DataLoader:
     """Every ``world_size``-th image in order, centre-cropped: sums over processes are exact, without duplicates."""
     interpolation = recipe.data.interpolation
-    return create_loader(
+    loader = create_loader(
         Images(source, recipe.train.seed, indices=range(rank, len(source), world_size)),
         interpolation="bicubic" if interpolation == "random" else interpolation,
         crop_pct=recipe.data.crop_pct,
         **_common(recipe, img_size, device),
     )
+    return _with_own_generators(loader)
+
+
+def _with_own_generators(loader: DataLoader) -> DataLoader:
+    """Keeps shuffling and starting workers from drawing on the generators that dropout and mixup use."""
+    inner = getattr(loader, "loader", loader)  # timm's prefetcher wraps the loader
+    inner.generator = torch.Generator()
+    if hasattr(inner.sampler, "generator"):
+        inner.sampler.generator = torch.Generator()
+    return loader
 
 
 def _common(recipe: Recipe, img_size: tuple[int, int], device: torch.device) -> dict[str, Any]:

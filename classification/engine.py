@@ -1,12 +1,10 @@
 """Training and evaluation of a classifier, read from top to bottom: build, resume, epochs, evaluation, results."""
 
 import math
-import random
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
@@ -18,16 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbones import BackboneConfig, create_backbone
-from backbones.checkpoint import read_metadata, save_backbone
+from backbones.checkpoint import load_weights, read_metadata, save_backbone
 from backbones.utils.errors import UserError
 from backbones.utils.files import atomic_path, make_folder, write_json
 from backbones.utils.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
 from backbones.utils.nonfinite import first_nonfinite_module
+from backbones.utils.rng import random_state, seed_everything, set_random_state
 from backbones.utils.runlog import MetricsLog, write_provenance
 from backbones.utils.skips import SkipCounter
 
 from .config import Recipe
-from .data import TRAIN_NAMES, VAL_NAMES, Source, open_split, train_loader, val_loader
+from .data import TRAIN_NAMES, VAL_NAMES, Source, open_split, start_epoch, train_loader, val_loader
 
 WEIGHTS, STATE = "model.safetensors", "checkpoint.pt"
 
@@ -43,13 +42,13 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
     output = Path(recipe.output)
     _check_output(output, resume)
     make_folder(output)
-    _seed_all(options.seed)
+    seed_everything(options.seed)
 
     source = open_split(recipe.data.root, recipe.data.train, TRAIN_NAMES)
     held_out = open_split(recipe.data.root, recipe.data.val, VAL_NAMES, source.classes)
     skips = SkipCounter(len(source))
     network = create_backbone({**recipe.model, "num_classes": len(source.classes)}).to(world.device)
-    _seed_all(options.seed + world.rank)  # the same weights everywhere, other dropout and mixup
+    seed_everything(options.seed + world.rank)  # the same weights everywhere, other dropout and mixup
     size = network.config.img_size
     batches = train_loader(recipe, source, skips, size, world.device, world.size)
     val_batches = val_loader(recipe, held_out, size, world.device, world.rank, world.size)
@@ -187,7 +186,8 @@ def load_trained(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
     if "config" not in metadata or "classes" not in metadata:
         raise UserError(f"{path} is not a classifier trained here: its header names no config and classes.")
     config = BackboneConfig.from_dict(metadata["config"])
-    network = create_backbone(config, weights=str(path), weights_min_match=1.0)
+    network = create_backbone(config, weights=None)
+    load_weights(network, path, min_match=1.0, quiet=True)
     return network.to(device).eval(), metadata
 
 
@@ -215,10 +215,7 @@ def _train_epoch(
 ) -> float:
     """One pass over the data; returns the mean training loss."""
     options, steps = recipe.train, len(batches)
-    dataset = batches.dataset
-    dataset.set_epoch(epoch)
-    if hasattr(batches.sampler, "set_epoch"):
-        batches.sampler.set_epoch(epoch)
+    start_epoch(batches, options.seed, epoch)
     model.train()
     total = 0.0
     for i, (images, targets) in enumerate(_progress(batches, f"epoch {epoch + 1}", world.is_main)):
@@ -303,16 +300,12 @@ def _check_output(output: Path, resume: bool) -> None:
 
 
 def _save_state(path: Path, network: nn.Module, ema: ModelEmaV3 | None, optimizer, epoch: int) -> None:
-    numpy_state = np.random.get_state()
     state = {
         "epoch": epoch,
         "model": network.state_dict(),
         "ema": ema.module.state_dict() if ema else None,
         "optimizer": optimizer.state_dict(),
-        "python_rng": random.getstate(),
-        "numpy_rng": (numpy_state[0], torch.from_numpy(numpy_state[1].astype(np.int64)), *numpy_state[2:]),
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "random": random_state(),
     }
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
@@ -329,23 +322,8 @@ def _load_state(path: Path, network: nn.Module, ema: ModelEmaV3 | None, optimize
         raise UserError(
             f"{path} does not fit this recipe ({error}). Resume with the recipe the run began with."
         ) from None
-    random.setstate(_tuples(state["python_rng"]))
-    kind, keys, *rest = state["numpy_rng"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch_rng"])
-    if torch.cuda.is_available() and len(state["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    set_random_state(state["random"])
     return state["epoch"]
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
-
-
-def _seed_all(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 class _Processes:

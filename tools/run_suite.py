@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 from make_sample_data import make_sample_data
-from suite.plan import SAMPLE, check_families, check_size, make_jobs, read_data, sample_data
-from suite.runner import default_jobs, run_jobs
 
 from backbones.utils.errors import UserError, run_main
 from backbones.utils.files import make_folder, read_json, write_json
+from suite.plan import SAMPLE, check_families, check_size, make_jobs, read_data, sample_data
+from suite.runner import default_jobs, run_jobs
 
 
 def main(argv: list[str]) -> None:

@@ -76,7 +76,7 @@ def classification_examples(jobs: list[Job], data: Data, count: int = 8) -> byte
 
 
 def detection_examples(jobs: list[Job], data: Data, count: int = 4) -> bytes:
-    """Test images with true boxes and masks, then each detector's (score of at least 0.5)."""
+    """Test images with true boxes and masks, then each detector's (score of at least 0.3)."""
     from pycocotools.coco import COCO
 
     from detection.engine import predict
@@ -102,7 +102,7 @@ def detection_examples(jobs: list[Job], data: Data, count: int = 4) -> bytes:
             ]
         )
     for job in jobs:
-        found = predict(job.folder, paths, min_score=0.5)
+        found = predict(job.folder, paths, min_score=0.3)
         for f in found:
             masks = [None] * len(f["names"]) if f["masks"] is None else f["masks"]
             objects = list(zip(f["boxes"], f["names"], f["scores"], masks, strict=True))

@@ -42,7 +42,7 @@ def write_report(results: dict[str, Any], jobs: list[Job], data: Data, out: Path
         ),
         (
             "Detection",
-            "Truth and predictions with a score of at least 0.5.",
+            "Truth and predictions with a score of at least 0.3.",
             figures.detection_examples(by_task["detection"], data),
         ),
         (

@@ -3,13 +3,13 @@
 import os
 import subprocess
 import time
-from pathlib import Path
 
 from backbones.utils.errors import UserError
 from backbones.utils.files import make_folder, read_json
 
 from .plan import ROOT, Job
 
+LOG = "log.txt"
 _SHOWN = {
     "classification": ("top1",),
     "detection": ("box_ap50", "box_ap", "mask_ap"),
@@ -31,46 +31,48 @@ def run_jobs(jobs: list[Job], slots: int) -> None:
         UserError: when a run failed, with the end of its log; the others are finished first.
     """
     waiting = [job for job in jobs if not job.is_done()]
-    total, done = len(jobs), len(jobs) - len(waiting)
     for job in jobs:
         if job.is_done():
             print(f"[done before] {job.name}: {_figures(job)}", flush=True)
-    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}
+    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by slot
     failed: list[Job] = []
     try:
         while waiting or running:
-            for slot in set(range(slots)) - set(running):
+            for slot in sorted(set(range(slots)) - set(running)):
                 job = _next(waiting, jobs)
-                if job is None:
-                    break
-                waiting.remove(job)
-                running[slot] = (job, _start(job, slot, slots), time.monotonic())
+                if job:
+                    waiting.remove(job)
+                    running[slot] = (job, _start(job, slot, slots), time.monotonic())
             if not running:  # what is left waits for a pretraining that failed
                 break
             time.sleep(0.2)
-            for slot, (job, process, began) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[slot]
-                seconds = time.monotonic() - began
-                if process.returncode == 0 and job.is_done():
-                    done += 1
-                    print(f"[{done}/{total}] {job.name}: {_figures(job)} ({seconds:.0f} s)", flush=True)
-                else:
+            for slot in [slot for slot, (_, process, _) in running.items() if process.poll() is not None]:
+                job, process, began = running.pop(slot)
+                if not _ended_well(job, process.returncode, time.monotonic() - began, jobs):
                     failed.append(job)
-                    print(f"[failed] {job.name} after {seconds:.0f} s, see {job.folder / 'log.txt'}", flush=True)
     finally:
         for _, process, _ in running.values():
             process.terminate()
         for _, process, _ in running.values():
             process.wait()
     if failed:
-        log = (failed[0].folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
+        log = (failed[0].folder / LOG).read_text(encoding="utf-8", errors="replace").strip()
         raise UserError(
-            f"{len(failed)} of {total} runs failed. The first, {failed[0].name}, ended with:\n"
+            f"{len(failed)} of {len(jobs)} runs failed. The first, {failed[0].name}, ended with:\n"
             + "\n".join(f"  {line}" for line in log.splitlines()[-5:])
             + "\nMend the cause and give the same command again: finished runs are kept."
         )
+
+
+def _ended_well(job: Job, code: int, seconds: float, jobs: list[Job]) -> bool:
+    """Prints how a run ended."""
+    well = code == 0 and job.is_done()
+    done = sum(other.is_done() for other in jobs)
+    outcome = (
+        f"[{done}/{len(jobs)}] {job.name}: {_figures(job)}" if well else f"[failed] {job.name}, see {job.folder / LOG}"
+    )
+    print(f"{outcome} ({seconds:.0f} s)", flush=True)
+    return well
 
 
 def _next(waiting: list[Job], jobs: list[Job]) -> Job | None:
@@ -87,7 +89,7 @@ def _start(job: Job, slot: int, slots: int) -> subprocess.Popen:
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot)
     command = [*job.command[:2], *resume, *job.command[2:]]
-    with Path(job.folder / "log.txt").open("a", encoding="utf-8") as log:
+    with (job.folder / LOG).open("a", encoding="utf-8") as log:
         log.write("$ " + " ".join(command) + "\n")
         log.flush()
         print(f"[started] {job.name}{' again' if resume else ''}", flush=True)
