@@ -28,4 +28,4 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(num_workers=0, persistent_workers=False)
-optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(_delete_=True, max_norm=1.0))
+optim_wrapper = dict(optimizer=dict(lr=2e-3, weight_decay=0.05), clip_grad=dict(_delete_=True, max_norm=1.0))
