@@ -94,4 +94,5 @@ def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
         [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()],
         lr=cfg.SOLVER.REFERENCE_LR,
         betas=(0.9, 0.999),
+        fused=True,
     )

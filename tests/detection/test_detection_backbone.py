@@ -12,8 +12,7 @@ SMALL = ["MODEL.VIT.depth", "2", "MODEL.VIT.global_blocks", "[1]", "MODEL.DEVICE
 
 
 def pyramid(family: str, size: str, *overrides: str):
-    depth = SMALL if size != "nano" else ["MODEL.VIT.depth", "2"]
-    cfg = load_config(CONFIGS / f"vitdet_{family}.yaml", size, [*depth, *overrides])
+    cfg = load_config(CONFIGS / f"vitdet_{family}.yaml", size, [*SMALL, *overrides])
     return cfg, build_backbone(cfg, ShapeSpec(channels=3)).eval()
 
 
@@ -39,7 +38,7 @@ def test_maps_of_an_image_that_is_not_square(height, width):
 
 @pytest.mark.parametrize("size", ["nano", "tiny"])
 def test_unpadded_images_of_any_size_are_detected_on(size):
-    overrides = [*(SMALL if size == "tiny" else ["MODEL.VIT.depth", "2"]), "MODEL.SFP.SQUARE_PAD", "0"]
+    overrides = [*SMALL, "MODEL.SFP.SQUARE_PAD", "0"]
     overrides += ["INPUT.IMAGE_SIZE", "128", "MODEL.ROI_HEADS.NUM_CLASSES", "3"]
     cfg = load_config(CONFIGS / "vitdet_karat.yaml", size, overrides)
     model = build_model(cfg).eval()
