@@ -1,4 +1,4 @@
-"""report.html, self-contained, and the same table on the terminal."""
+"""report.html, self-contained, and the same table on the terminal and as Markdown."""
 
 import base64
 import json
@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader
 from rich.console import Console
 from rich.table import Table
 
-from backbones.utils.files import write_text
+from backbones.utils.files import atomic_path, write_text
 
 from . import figures
 from .plan import Data, Job
@@ -29,7 +29,7 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def write_report(results: dict[str, Any], jobs: list[Job], data: Data, out: Path) -> Path:
-    """Writes ``out``/report.html with every picture inside, and returns its path."""
+    """Writes ``out``/report.html with every picture inside, table.md and pictures/; returns the report's path."""
     by_task = {
         task: [job for job in jobs if job.task == task] for task in ("classification", "detection", "segmentation")
     }
@@ -68,7 +68,19 @@ def write_report(results: dict[str, Any], jobs: list[Job], data: Data, out: Path
         commit=results["git_commit"],
     )
     write_text(out / "report.html", text)
+    write_text(out / "table.md", _markdown(results))
+    for title, _, png in pictures:
+        with atomic_path(out / "pictures" / f"{title.lower().replace(' ', '_')}.png") as temporary:
+            temporary.write_bytes(png)
     return out / "report.html"
+
+
+def _markdown(results: dict[str, Any]) -> str:
+    headings = ["backbone", *(heading for _, _, heading, _ in COLUMNS)]
+    lines = [headings, ["---", *["---:"] * len(COLUMNS)]]
+    lines += [[family, *(f"**{text}**" if best else text for text, best in cells)] for family, cells in _rows(results)]
+    lines.append(["to beat", *_baselines(results)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _rows(results: dict[str, Any]) -> list[tuple[str, list[tuple[str, bool]]]]:
