@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dist import init_dist, is_distributed, is_main_process
+from mmengine.dist import init_dist, is_distributed, is_main_process, master_only
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
 from mmseg.apis import inference_model
@@ -32,6 +32,12 @@ WEIGHTS = "model.safetensors"
 class SegmentationRunner(Runner):
     """mmengine's Runner, whose checkpoints are whole or absent and are read without unpickling objects."""
 
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        if not torch.cuda.is_available():
+            model = revert_sync_batchnorm(model)  # it runs on GPUs only
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         save = super().save_checkpoint
         checkpoint.save_whole(lambda name: save(out_dir, name, *args, **kwargs), out_dir, filename)
@@ -136,7 +142,12 @@ def _prepare(cfg: Config) -> None:
     cuda = torch.cuda.is_available()
     cfg.env_cfg.dist_cfg = {"backend": "nccl" if cuda else "gloo"}
     if cfg.get("launcher", "none") != "none" and not is_distributed():
-        init_dist(cfg.launcher, **cfg.env_cfg.dist_cfg)
+        if cuda:
+            init_dist(cfg.launcher, **cfg.env_cfg.dist_cfg)
+        else:
+            # mmengine's init_dist and its default wrapper select a GPU; torchrun has set what a CPU needs.
+            torch.distributed.init_process_group(**cfg.env_cfg.dist_cfg)
+            cfg.model_wrapper_cfg = {"device_ids": None, "broadcast_buffers": False}
     if cfg.amp and cuda and torch.cuda.is_bf16_supported():
         # bf16 has the range of fp32: no loss scale.
         cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype="bfloat16", loss_scale=1.0)
@@ -146,10 +157,7 @@ def _build_runner(cfg: Config) -> SegmentationRunner:
     # mmengine keeps one log, message hub and visualizer per name and process.
     cfg.experiment_name = f"{Path(cfg.work_dir).name}_{time.time_ns()}"
     cfg.visualizer.name = cfg.experiment_name
-    runner = SegmentationRunner.from_cfg(cfg)
-    if not runner.distributed:
-        runner.model = revert_sync_batchnorm(runner.model)
-    return runner
+    return SegmentationRunner.from_cfg(cfg)
 
 
 def _measure(runner: SegmentationRunner, cfg: Config) -> dict[str, Any]:

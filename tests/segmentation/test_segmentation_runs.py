@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,3 +193,18 @@ def test_ade20k_images_are_evaluated_by_path_alone(real_data, tmp_path, monkeypa
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert len(metrics["iou_per_class"]) == 150 and metrics["validation_images"] == 3
     assert metrics["miou_most_frequent_class"] == pytest.approx(2.632, abs=1e-3)
+
+
+def test_two_processes_train_together_and_write_once(ade_layout, tmp_path):
+    tool = Path(__file__).resolve().parents[2] / "tools" / "train_seg.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tool)]
+    command += [str(CONFIG_FOLDER / "upernet_softmax.py"), "--size", "nano", "--launcher", "pytorch"]
+    command += ["--work-dir", str(tmp_path / "run"), "--cfg-options", f"data_root={ade_layout}", "schedule.max_iters=2"]
+    command += ["train_dataloader.batch_size=2", "val_dataloader.dataset.indices=3", "log_interval=1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in rows if r["name"] == "loss" and r["split"] == "train"] == [1, 2]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["validation_images"] == 3
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data_protocol"]["batch_size"] == 4
