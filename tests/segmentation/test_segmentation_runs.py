@@ -151,6 +151,23 @@ def test_broken_checkpoint_is_refused(trained, build_config, tmp_path):
         train(build_config("karkat", copy), resume=True)
 
 
+class Payload:
+    """What a hostile checkpoint would hold: unpickling it calls a function."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_with_objects_is_refused_before_they_run(make_config, tmp_path):
+    torch.save({"state_dict": {}, "meta": Payload(tmp_path / "ran")}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match="more than tensors"):
+        evaluate(make_config(options={"load_from": str(tmp_path / "bad.pth")}))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_resuming_a_finished_run_evaluates_it_again(trained, build_config, tmp_path):
     copy = shutil.copytree(trained[0], tmp_path / "moved")
     assert train(build_config("karkat", copy), resume=True)["miou"] == trained[1]["miou"]
