@@ -84,10 +84,12 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
             done = step + 1
             last = done == schedule.total_steps
             clock.tick()
+            if journal:
+                journal.add(losses)
             if done % cfg.SOLVER.LOG_STEPS == 0 or last:
                 clock.close_stretch()
                 if journal:
-                    journal.train(done, losses, {"lr": lr, "grad_norm": float(grad_norm)}, clock)
+                    journal.train(done, {"lr": lr, "grad_norm": float(grad_norm)}, clock)
             if last or (schedule.eval_steps and done % schedule.eval_steps == 0):
                 figures = evaluate(cfg, run.model, run.test_set.name)
                 run.network.train()

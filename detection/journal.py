@@ -41,6 +41,8 @@ class Journal:
 
     def __init__(self, run: "Run"):
         self.schedule = run.schedule
+        self._steps = 0  # since the last line of the log
+        self._sums: dict[str, Tensor | float] = {}
         # Of an earlier run; this one writes its own when it is done.
         (run.folder / "metrics.json").unlink(missing_ok=True)
         self.log = MetricsLog(run.folder, resume_step=run.start if run.saved else None)
@@ -49,8 +51,15 @@ class Journal:
         if run.saved:
             print(f"continuing from step {run.start} of {run.folder / CHECKPOINT}", flush=True)
 
-    def train(self, done: int, losses: dict[str, Tensor], others: dict[str, float], clock: Clock) -> None:
-        values = {name: float(loss.detach()) for name, loss in losses.items()}
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Counts a step's losses into the mean that the next line of the log shows."""
+        self._steps += 1
+        for name, loss in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + loss.detach()
+
+    def train(self, done: int, others: dict[str, float], clock: Clock) -> None:
+        values = {name: float(total) / self._steps for name, total in self._sums.items()}
+        self._steps, self._sums = 0, {}
         images_per_s = self.schedule.batch_size / clock.speed[-1]
         values = {"loss": sum(values.values()), **values, **others, "images_per_s": images_per_s}
         self.log.write(done, self.schedule.epoch(done), "train", values)
