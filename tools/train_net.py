@@ -38,7 +38,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """One process of the run."""
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch.functional")
+    for noise in ("torch.meshgrid", "The given NumPy array is not writable"):  # Detectron2's, harmless
+        warnings.filterwarnings("ignore", message=noise)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.INFO if comm.is_main_process() else logging.WARNING, format="%(message)s")
     logging.getLogger("detectron2").setLevel(logging.WARNING)
     overrides = [*args.overrides, *(["OUTPUT_DIR", args.output] if args.output else [])]
