@@ -94,6 +94,21 @@ def test_interrupted_setup_starts_over(checkout, stop, capsys):
     assert commands()
 
 
+def test_make_lock_keeps_pins_and_leaves_out_paths_of_this_machine(checkout):
+    lock, _, monkeypatch = checkout
+
+    def compile_lock(command):
+        output, constraints = Path(command[-1]), command[command.index("--constraints") + 1]
+        assert output.read_text() == "numpy==2\n"
+        output.write_text(f"numpy==2\n    # via\n    #   -c {constraints}\n    #   karvis (pyproject.toml)\n")
+
+    monkeypatch.setattr(setup_env, "run", compile_lock)
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", "--lock"])
+    assert setup_env.main() == 0
+    body = "numpy==2\n    # via\n    #   karvis (pyproject.toml)\n"
+    assert lock.read_text() == setup_env.LOCK_HEADER + body
+
+
 def test_setup_refuses_a_full_disk(checkout, capsys):
     _, commands, monkeypatch = checkout
     monkeypatch.setattr(setup_env, "FREE_BYTES", 10**18)

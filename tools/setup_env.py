@@ -103,17 +103,12 @@ def make_lock() -> int:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text(LOCK_CONSTRAINTS)
         output = Path(folder) / "requirements.lock"
-        flags = [
-            "--universal",
-            "--extra",
-            "dev",
-            "--no-header",
-            "--no-emit-index-url",
-            "--no-emit-find-links",
-            "--quiet",
-        ]
-        command = [PYTHON, "-m", "uv", "pip", "compile", *flags, "--python-version", "3.11", "-c", constraints]
-        run([*command, "pyproject.toml", "-o", output])
+        # Pins that are in the file stay unless pyproject.toml or --upgrade asks for others.
+        if LOCK.exists():
+            shutil.copy(LOCK, output)
+        flags = ["--universal", "--python-version", "3.11", "--extra", "dev", "--constraints", constraints, "--quiet"]
+        flags += ["--no-header", "--no-emit-index-url", "--no-emit-find-links", *sys.argv[2:]]
+        run([PYTHON, "-m", "uv", "pip", "compile", *flags, "pyproject.toml", "-o", output])
         lines = output.read_text().splitlines(keepends=True)
     # The constraint file's name is a temporary path of this machine.
     lines = [line for line in lines if not line.strip().startswith("#   -c ")]
