@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Trains a backbone as an image classifier.
 
-    tools/pretrain_cls.py --config classification/recipes/nano.yaml data.root=PATH model.arch=karat_nano_patch8_64
-    torchrun --nproc-per-node 8 tools/pretrain_cls.py --config classification/recipes/karat.yaml data.root=IMAGENET
+tools/pretrain_cls.py --config classification/recipes/nano.yaml data.root=PATH model.arch=karat_nano_patch8_64
+torchrun --nproc-per-node 8 tools/pretrain_cls.py --config classification/recipes/karat.yaml data.root=IMAGENET
 """
 
 import argparse

@@ -12,7 +12,17 @@ import torch
 
 from .files import make_folder, write_json
 
-_PACKAGES = ("torch", "torchvision", "timm", "triton", "detectron2", "onedl-mmsegmentation", "onedl-mmengine", "numpy")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "triton",
+    "detectron2",
+    "sal-detectron2",
+    "onedl-mmsegmentation",
+    "onedl-mmengine",
+    "numpy",
+)
 
 
 class MetricsLog:
