@@ -1,7 +1,9 @@
 """Files that are whole or absent: written under a temporary name, then renamed."""
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,15 +16,30 @@ from .errors import UserError
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` that takes its name on success and is removed on failure."""
+    """Yields a temporary path beside ``path`` that takes its name on success and is removed on failure.
+
+    Raises:
+        OSError: ENOSPC naming ``path`` when the disk is full, whatever the writing library made of it.
+    """
     path = Path(path)
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
         temporary.replace(path)
+    except Exception as error:
+        if _disk_is_full(error, path.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _disk_is_full(error: Exception, folder: Path) -> bool:
+    """Whether a write failed for want of space; safetensors and torch.save report it as errors of their own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left" in str(error) or shutil.disk_usage(folder).free < 2**16
 
 
 def make_folder(path: str | Path) -> Path:
