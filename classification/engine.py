@@ -48,7 +48,7 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
     held_out = open_split(recipe.data.root, recipe.data.val, VAL_NAMES, source.classes)
     skips = SkipCounter(len(source))
     network = create_backbone({**recipe.model, "num_classes": len(source.classes)}).to(world.device)
-    seed_everything(options.seed + world.rank)  # the same weights everywhere, other dropout and mixup
+    seed_everything(options.seed, world.rank)  # the same weights everywhere, other dropout and mixup
     size = network.config.img_size
     batches = train_loader(recipe, source, skips, size, world.device, world.size)
     val_batches = val_loader(recipe, held_out, size, world.device, world.rank, world.size)

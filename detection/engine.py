@@ -10,7 +10,6 @@ from detectron2.config import CfgNode
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader
 from backbones.utils.errors import UserError
 from backbones.utils.files import make_folder, read_json, write_json
 from backbones.utils.nonfinite import first_nonfinite, first_nonfinite_module
+from backbones.utils.rng import seed_everything, set_random_state
 from backbones.utils.skips import SkipCounter
 
 from .config import load_config
@@ -32,7 +32,6 @@ from .state import (
     load_checkpoint,
     load_detector,
     load_trained,
-    restore_random,
     save_checkpoint,
     save_model,
 )
@@ -73,7 +72,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     batches = iter(run.loader)
     run.network.train()
     if run.saved:
-        restore_random(run.saved)
+        set_random_state(run.saved["random"])
 
     figures: dict[str, Any] = {}
     with EventStorage(run.start):
@@ -127,7 +126,7 @@ def prepare(cfg: CfgNode, resume: bool) -> Run:
     if resume:
         cfg.MODEL.VIT.weights, cfg.MODEL.WEIGHTS = None, ""
 
-    seed_all_rng(cfg.SEED + comm.get_rank())
+    seed_everything(cfg.SEED, comm.get_rank())
     model = build_model(cfg)
     if cfg.MODEL.WEIGHTS:
         load_detector(model, cfg.MODEL.WEIGHTS, strict=False)

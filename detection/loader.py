@@ -4,9 +4,6 @@ The sample at a position of the stream, with its augmentation, depends on the se
 number of workers, and not on what came before. That is what makes a resumed run equal to one that never stopped.
 """
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +18,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from backbones.utils.errors import UserError
+from backbones.utils.rng import sample_seed
 from backbones.utils.skips import SkipCounter
 
 UNREADABLE = (OSError, SyntaxError)  # what PIL raises for files that are cut short or no image
@@ -75,7 +73,7 @@ class TrainingStream(Dataset):
             index = int(_shuffle(self.seed, epoch, count)[place])
             record = self.records[index]
             try:
-                with _seeded(self.seed, position):
+                with sample_seed(self.seed, position):
                     return self.mapper(record)
             except SizeMismatchError as error:
                 raise UserError(f"{error} Repair the JSON.") from None
@@ -87,20 +85,6 @@ class TrainingStream(Dataset):
 @lru_cache(maxsize=4)
 def _shuffle(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-@contextmanager
-def _seeded(seed: int, position: int) -> Iterator[None]:
-    """Detectron2 augments from the global generators; they are set for one sample and put back."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    state = np.random.SeedSequence([seed, position]).generate_state(4)
-    np.random.seed(state)
-    random.seed(int(state[0]))
-    try:
-        yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
 
 
 def training_loader(

@@ -1,10 +1,8 @@
 """What a detector leaves on disk: weights with their config, and the state that a run continues from."""
 
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from detectron2.config import CfgNode
@@ -14,6 +12,7 @@ from torch import nn
 from backbones.checkpoint import read_metadata
 from backbones.utils.errors import UserError
 from backbones.utils.files import atomic_path, save_weights
+from backbones.utils.rng import random_state
 
 from .config import get_config, merge, resolve
 
@@ -105,26 +104,20 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Any, cfg: CfgNode, extra: dict) -> None:
     """Writes all that the next step depends on, whole or not at all; holds tensors and plain values only."""
-    version, numbers, position, has_gauss, gauss = np.random.get_state()
     state = {
         "step": step,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "config": cfg.dump(),
         "extra": extra,
-        "random": {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "numpy": (version, torch.from_numpy(numbers.astype(np.int64)), position, has_gauss, gauss),
-            "python": random.getstate(),
-        },
+        "random": random_state(),
     }
     with atomic_path(folder / CHECKPOINT) as temporary:
         torch.save(state, temporary)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any, cfg: CfgNode) -> dict[str, Any]:
-    """Restores model and optimizer; returns the checkpoint: ``step``, ``extra``, and what ``restore_random`` needs."""
+    """Restores model and optimizer; returns the checkpoint: ``step``, ``extra``, and ``random``."""
     path = folder / CHECKPOINT
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -134,18 +127,6 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any, cfg: CfgNode
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state
-
-
-def restore_random(state: dict[str, Any]) -> None:
-    """Puts torch's, numpy's and Python's generators where ``save_checkpoint`` found them."""
-    saved = state["random"]
-    torch.set_rng_state(saved["torch"])
-    if saved["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["cuda"])
-    version, numbers, *rest = saved["numpy"]
-    np.random.set_state((version, numbers.numpy().astype(np.uint32), *rest))
-    major, internal, gauss = saved["python"]
-    random.setstate((major, tuple(internal), gauss))
 
 
 def _check_same_config(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:

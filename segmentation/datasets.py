@@ -1,17 +1,16 @@
 """The ADE20K layout by path: images/{training,validation}, annotations/{training,validation}, classes.json."""
 
-import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.dataset import InfiniteSampler
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from mmseg.registry import DATA_SAMPLERS, DATASETS
 
 from backbones.utils.errors import UserError
 from backbones.utils.files import read_json
+from backbones.utils.rng import seed_everything
 from backbones.utils.skips import SkipCounter
 
 from .transforms import IGNORE, MAX_CLASSES, UnreadableImageError, read_mask
@@ -108,14 +107,6 @@ class PositionedSampler(InfiniteSampler):
     def skip(self, num_samples: int) -> None:
         super().skip(num_samples)
         self._start = num_samples
-
-
-def seed_everything(*numbers: int) -> None:
-    """Seeds Python, NumPy and torch with one state for these numbers."""
-    state = np.random.SeedSequence(numbers).generate_state(3)
-    random.seed(int(state[0]))
-    np.random.seed(int(state[1]))
-    torch.manual_seed(int(state[2]))
 
 
 def class_weights(dataset: ADELayoutDataset, exponent: float) -> list[float]:

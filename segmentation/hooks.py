@@ -8,9 +8,10 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 
+from backbones.utils.rng import seed_everything
 from backbones.utils.runlog import MetricsLog
 
-from .datasets import ITERATION_SEED, seed_everything
+from .datasets import ITERATION_SEED
 
 
 @HOOKS.register_module()

@@ -2,7 +2,6 @@
 
 import difflib
 import errno
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -66,14 +65,4 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
         if message is None:
             message = f"{type(error).__name__}: {error} (a defect of this program; run again with {DEBUG_FLAG})"
         print(f"error: {message}", file=sys.stderr)
-        sys.stderr.flush()
-        code = 2 if describe(error) is not None else 1
-        # Data-loader workers may still be alive; a plain exit would wait for them.
-        os._exit(code) if _has_children() else sys.exit(code)
-
-
-def _has_children() -> bool:
-    import multiprocessing
-
-    sys.stdout.flush()
-    return bool(multiprocessing.active_children())
+        sys.exit(2 if describe(error) is not None else 1)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+_STARTS = (random.seed, np.random.seed, torch.manual_seed)
+
 
 def random_state() -> dict[str, Any]:
     """The state of Python's, NumPy's and PyTorch's generators, as tensors and plain values that torch.load allows."""
@@ -31,18 +33,17 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds Python's, NumPy's and PyTorch's generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def seed_everything(*key: int) -> None:
+    """Seeds Python's, NumPy's and PyTorch's generators by one or more numbers."""
+    for seed, start in zip(np.random.SeedSequence(key).generate_state(3), _STARTS, strict=True):
+        start(int(seed))
 
 
 @contextmanager
 def sample_seed(*key: int) -> Iterator[None]:
     """Seeds the generators by ``key`` for one sample, so that workers and resumes do not matter; then restores them."""
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed_everything(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    seed_everything(*key)
     try:
         yield
     finally:

@@ -2,9 +2,11 @@
 
 import errno
 import json
+import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -124,12 +126,22 @@ def test_random_state_survives_a_file_of_tensors(tmp_path):
     expected = torch.rand(3)
     set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_samples_randomness_is_its_own_and_leaves_the_rest_alone():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    set_random_state(state := random_state())
+    expected = draw()
+    set_random_state(state)
     with sample_seed(1, 2):
-        first = torch.rand(3)
-    following = torch.rand(3)
+        first = draw()
+    assert draw() == expected
     with sample_seed(1, 2):
-        assert torch.equal(torch.rand(3), first)
-    assert not torch.equal(torch.rand(3), following)
+        assert draw() == first
+    with sample_seed(1, 3):
+        assert all(a != b for a, b in zip(draw(), first, strict=True))
 
 
 def test_measurements_of_a_known_layer():

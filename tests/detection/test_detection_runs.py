@@ -16,7 +16,6 @@ from backbones.utils.errors import UserError, describe
 from backbones.utils.runlog import read_metrics
 from detection import engine
 from detection.engine import evaluate_run, load_trained, predict, prepare, train
-from detection.loader import _seeded
 from detection.state import CHECKPOINT, WEIGHTS
 
 
@@ -144,20 +143,6 @@ def test_a_resumed_run_equals_one_that_never_stopped(tiny, tmp_path, monkeypatch
         for name in ("whole", "halves")
     ]
     assert losses[0] == losses[1]
-
-
-def test_augmentation_leaves_the_global_generators_alone():
-    np.random.seed(1)
-    random.seed(1)
-    before = np.random.get_state()[1].copy(), random.getstate()
-    with _seeded(0, 5):
-        first = np.random.rand(), random.random()
-    assert (np.random.get_state()[1] == before[0]).all()
-    assert random.getstate() == before[1]
-    with _seeded(0, 5):
-        assert (np.random.rand(), random.random()) == first
-    with _seeded(0, 6):
-        assert np.random.rand() != first[0]
 
 
 def test_resume_with_other_settings_is_refused(tiny):
