@@ -11,6 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no process ends with one alone."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
