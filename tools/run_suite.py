@@ -8,6 +8,7 @@ The same command continues a comparison that was interrupted.
 """
 
 import argparse
+import signal
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="an epoch each on little data: a test of the machinery")
     arguments = parser.parse_args(argv)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped also stops the runs
     began = time.monotonic()
     families, size = check_families(arguments.backbones), check_size(arguments.size)
     slots = default_jobs() if arguments.jobs is None else arguments.jobs

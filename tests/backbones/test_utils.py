@@ -14,7 +14,6 @@ from torch import nn
 from backbones.utils.errors import UserError, describe, run_main, suggest
 from backbones.utils.files import atomic_path, read_json, save_weights, write_json
 from backbones.utils.measure import count_gflops, count_parameters, images_per_second
-from backbones.utils.nonfinite import first_nonfinite_module
 from backbones.utils.rng import random_state, sample_seed, set_random_state
 from backbones.utils.runlog import MetricsLog, read_metrics
 from backbones.utils.skips import SkipCounter
@@ -150,16 +149,6 @@ def test_measurements_of_a_known_layer():
     assert count_parameters(layer) == 64 * 32 + 32
     assert count_gflops(lambda: layer(x)) == pytest.approx(10 * 64 * 32 / 1e9)
     assert images_per_second(lambda: layer(x), 10, seconds=0.01) > 10
-
-
-def test_the_first_non_finite_module_is_named():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.ReLU())
-    x = torch.ones(1, 2)
-    assert first_nonfinite_module(model, lambda: model(x)) is None
-    with torch.no_grad():
-        model[1].weight.fill_(float("inf"))
-        model[1].bias.fill_(float("-inf"))
-    assert first_nonfinite_module(model, lambda: model(x)).startswith("1")
 
 
 def test_metadata_of_weights_is_json(tmp_path):
