@@ -10,6 +10,7 @@ The same command continues a comparison that was interrupted.
 import argparse
 import signal
 import time
+import warnings
 from pathlib import Path
 
 from make_sample_data import make_sample_data
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="an epoch each on little data: a test of the machinery")
     arguments = parser.parse_args(argv)
 
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.functional")  # Detectron2's meshgrid
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped also stops the runs
     began = time.monotonic()
     families, size = check_families(arguments.backbones), check_size(arguments.size)
