@@ -80,9 +80,9 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
             if log:
                 log.write((epoch + 1) * steps, epoch + 1, "val", metrics)
         if world.is_main:
-            shown = " ".join(f"{k} {v:.2f}" for k, v in metrics.items())
+            shown = "".join(f" {k} {v:.2f}" for k, v in metrics.items())
             print(
-                f"epoch {epoch + 1}/{options.epochs} train loss {loss:.3f} | {shown} | {seen / busy:.0f} img/s",
+                f"epoch {epoch + 1}/{options.epochs}  train loss {loss:.3f} {shown}  {seen / busy:.0f} images/s",
                 flush=True,
             )
             _save_state(output / STATE, network, ema, optimizer, epoch + 1)
