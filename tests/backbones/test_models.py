@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from backbones import create_backbone, list_backbones
+from backbones.layers.windows import window_partition, window_unpartition
 
 NANO = ["vit_nano_patch8_64", "karat_nano_patch8_64", "kat_nano_patch8_64", "karkat_nano_patch8_64"]
 
@@ -89,6 +90,18 @@ def test_detectron2s_weights_give_detectron2s_maps(rel_pos, size, masking):
     x = torch.randn(2, 3, size, size)
     with torch.no_grad():
         assert (ours.forward_maps(x)[0] - theirs(x)["last_feat"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 7), (3, 9), (2, 2)])
+def test_windows_mark_their_padding_and_fit_together_again(shape):
+    x = torch.rand(2, *shape, 4) + 1
+    windows, real = window_partition(x, 3)
+    assert windows.shape[1:] == (9, 4)
+    if real is None:
+        assert shape == (3, 9)
+        real = torch.ones(windows.shape[:2], dtype=torch.bool)
+    assert torch.equal(real, windows[..., 0] > 0)  # padding is zero, tokens are not
+    assert torch.equal(window_unpartition(windows, 3, *shape), x)
 
 
 @pytest.mark.parametrize("name", NANO)
