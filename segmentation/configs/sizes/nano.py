@@ -1,4 +1,4 @@
-"""Overlay --size nano: images and crops of 64 pixels for CPUs; about 40 s on the sample data on two cores."""
+"""Overlay --size nano: images and crops of 64 pixels for CPUs; about a minute on the sample data on one core."""
 
 crop_size = 64
 log_interval = 10
