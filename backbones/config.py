@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from .layers.starts import STARTS
 from .utils.errors import UserError, check_choice, check_keys
 
 
@@ -19,6 +20,7 @@ class AttentionConfig:
         mode: ``blockwise`` (every block owns its operators) or ``universal`` (all blocks share one set).
         scales: add the paper's two scale tensors per operator.
         init: ``variance_preserving``, or ``paper`` for literal N(0, 1) coefficients.
+        weight_init: of the projections: ``normal``, or ``mimetic`` (arXiv 2305.09828).
         blocks: indices of the blocks that use KArAt, the others use softmax; None = all.
         rel_pos: decomposed relative position embedding of ViTDet (softmax only, no class token).
     """
@@ -30,6 +32,7 @@ class AttentionConfig:
     mode: str = "blockwise"
     scales: bool = False
     init: str = "variance_preserving"
+    weight_init: str = "normal"
     blocks: tuple[int, ...] | None = None
     rel_pos: bool = False
 
@@ -38,6 +41,7 @@ class AttentionConfig:
         check_choice("attention.basis", self.basis, ("fourier",))
         check_choice("attention.mode", self.mode, ("blockwise", "universal"))
         check_choice("attention.init", self.init, ("variance_preserving", "paper"))
+        check_choice("attention.weight_init", self.weight_init, ("normal", "mimetic"))
         _check_positive("attention.grid", self.grid)
         _check_positive("attention.rank", self.rank)
         _check_bool("attention.scales", self.scales)
@@ -56,13 +60,16 @@ class FfnConfig:
     """How channels mix.
 
     Args:
-        kind: ``mlp`` (GELU) or ``grkan`` (arXiv 2409.10594).
+        kind: ``mlp`` (GELU), ``grkan`` (arXiv 2409.10594) or ``kan`` (B-splines, arXiv 2404.19756).
         ratio: hidden width over ``embed_dim``.
         groups: number of channel groups that share one denominator.
         degrees: (m, n), degrees of the numerator and of the denominator.
-        init: function that the second activation starts as: ``swish`` or ``identity``.
+        init: function that the second activation starts as: ``identity``, ``swish``, ``gelu``, ``relu``,
+            ``leaky_relu`` (slope 0.01), ``tanh`` or ``sigmoid``; all but the first need degrees of at least (5, 4).
         weight_init: ``variance_preserving``, or ``released`` for the N(0, 0.02) of the published runs.
         denominator: ``sum_abs`` for 1+Σ|b_i||x|ⁱ, ``abs_sum`` for 1+|Σ b_i xⁱ|.
+        grid: intervals of a spline on [-1, 1] (``kan`` only).
+        order: degree of a spline's pieces (``kan`` only).
     """
 
     kind: str = "mlp"
@@ -72,19 +79,23 @@ class FfnConfig:
     init: str = "swish"
     weight_init: str = "variance_preserving"
     denominator: str = "sum_abs"
+    grid: int = 5
+    order: int = 3
 
     def __post_init__(self):
-        check_choice("ffn.kind", self.kind, ("mlp", "grkan"))
-        check_choice("ffn.init", self.init, ("swish", "identity"))
+        check_choice("ffn.kind", self.kind, ("mlp", "grkan", "kan"))
+        check_choice("ffn.init", self.init, STARTS["sum_abs"])
         check_choice("ffn.weight_init", self.weight_init, ("variance_preserving", "released"))
         check_choice("ffn.denominator", self.denominator, ("sum_abs", "abs_sum"))
-        _check_positive("ffn.groups", self.groups)
+        for name in ("groups", "grid", "order"):
+            _check_positive(f"ffn.{name}", getattr(self, name))
         object.__setattr__(self, "degrees", _int_tuple("ffn.degrees", self.degrees))
         if len(self.degrees) != 2 or min(self.degrees) < 1:
             raise UserError(f"ffn.degrees is {self.degrees}; it must be two degrees of at least 1, such as (5, 4).")
-        if self.init == "swish" and (self.degrees[0] < 5 or self.degrees[1] < 4):
+        if self.init != "identity" and (self.degrees[0] < 5 or self.degrees[1] < 4):
             raise UserError(
-                f"ffn.init 'swish' needs degrees of at least (5, 4), got {self.degrees}. Use init 'identity'."
+                f"ffn.init {self.init!r} needs ffn.degrees of at least (5, 4), got {self.degrees}. Raise them, or set "
+                "ffn.init to 'identity', which every degree holds."
             )
         if not isinstance(self.ratio, int | float) or self.ratio <= 0:
             raise UserError(f"ffn.ratio is {self.ratio!r}; it must be a positive number, such as 4.0.")

@@ -63,6 +63,34 @@ class RelPosAttention(Attention):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+@torch.no_grad()
+def mimetic_start(attention: Attention) -> None:
+    """Starts the projections as trained ones look (Trockman and Kolter, arXiv 2305.09828).
+
+    Per head W_q W_kᵀ is the best approximation of rank d of 0.7 Z + 0.7 I, and W_v W_proj = 0.4 Z − 0.4 I, where W maps
+    row vectors and Z has entries from N(0, 1/C); biases become 0.
+    """
+    dim = attention.proj.in_features
+    head_dim = dim // attention.num_heads
+    queries, keys, values = attention.qkv.weight.view(3, dim, dim).unbind(0)  # rows are outputs: Wᵀ
+    for rows in torch.arange(dim, device=queries.device).split(head_dim):
+        left, right = _square_root_factors(0.7, 0.7, queries)
+        queries[rows], keys[rows] = left[:, :head_dim].T, right[:head_dim]
+    left, right = _square_root_factors(0.4, -0.4, values)
+    values.copy_(left.T)
+    attention.proj.weight.copy_(right.T)
+    nn.init.zeros_(attention.qkv.bias)
+    nn.init.zeros_(attention.proj.bias)
+
+
+def _square_root_factors(noise: float, identity: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """L, R with LR = noise·Z + identity·I from its singular value decomposition, the largest values first."""
+    dim = len(like)
+    product = noise * torch.randn_like(like) / dim**0.5 + identity * torch.eye(dim, device=like.device)
+    u, s, vh = torch.linalg.svd(product)
+    return u * s.sqrt(), s.sqrt()[:, None] * vh
+
+
 def _relative(embedding: Tensor, size: int) -> Tensor:
     """(size, size, d): row i, column j holds the embedding of the offset i − j."""
     if embedding.shape[0] != 2 * size - 1:

@@ -6,25 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import group_rational
-
-# Starting coefficients a_0..a_5 / b_1..b_4, from the released code of arXiv 2409.10594; swish is within 1e-4 of
-# x·sigmoid(x) on [-3, 3] with the denominator 1 + Σ|b_j||x|ʲ.
-STARTS = {
-    "identity": ((0.0, 1.0), ()),
-    "swish": (
-        (
-            3.054879741161051e-07,
-            0.5000007853744493,
-            0.24999783422824703,
-            0.05326628273219478,
-            0.005803034571292244,
-            0.0002751961022402342,
-        ),
-        (-4.111554955950634e-06, 0.10652899335007572, -1.2690007399796238e-06, 0.0005502331264140556),
-    ),
-}
-# α = Var[x] / E[F(x)²] for x ~ N(0, 1): the gain that keeps the variance through F and the next linear layer.
-GAINS = {"identity": 1.0, "swish": 2.8178}
+from .starts import STARTS
 
 
 class GroupRational(nn.Module):
@@ -33,16 +15,16 @@ class GroupRational(nn.Module):
     Args:
         groups: g, divides the width of the input.
         degrees: (m, n) of numerator and denominator.
-        init: function it starts as, a key of STARTS.
+        init: function it starts as, a key of STARTS[form]; degrees above (5, 4) get zeros.
         form: denominator, see ``group_rational``.
     """
 
     def __init__(self, groups: int, degrees: tuple[int, int], init: str, form: str = "sum_abs"):
         super().__init__()
         self.form = form
-        a, b = STARTS[init]
-        self.weight_numerator = nn.Parameter(_padded(a, degrees[0] + 1)[None])
-        self.weight_denominator = nn.Parameter(_padded(b, degrees[1]).repeat(groups, 1))
+        numerator, denominator = start_coefficients(init, form, degrees)
+        self.weight_numerator = nn.Parameter(numerator)
+        self.weight_denominator = nn.Parameter(denominator.repeat(groups, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return group_rational(x, self.weight_numerator, self.weight_denominator, self.form)
@@ -52,7 +34,8 @@ class GRKAN(nn.Module):
     """F1 → dropout → fc1 → F2 → dropout → fc2 on (..., dim). F1 starts as the identity, F2 as ``init``.
 
     Args:
-        weight_init: ``variance_preserving`` draws the weights from N(0, α/d_in), ``released`` from N(0, 0.02²).
+        weight_init: ``variance_preserving`` draws the weights from N(0, α/d_in), α = Var[x]/E[f(x)²] of the start f,
+            ``released`` from N(0, 0.02²).
     """
 
     def __init__(
@@ -74,7 +57,7 @@ class GRKAN(nn.Module):
         self.drop2 = nn.Dropout(drop_rate)
         self.fc2 = nn.Linear(hidden_dim, dim)
         for layer, start in ((self.fc1, "identity"), (self.fc2, init)):
-            std = 0.02 if weight_init == "released" else math.sqrt(GAINS[start] / layer.in_features)
+            std = 0.02 if weight_init == "released" else math.sqrt(STARTS[form][start].gain / layer.in_features)
             nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
             nn.init.zeros_(layer.bias)
 
@@ -83,5 +66,9 @@ class GRKAN(nn.Module):
         return self.fc2(self.drop2(self.act2(x)))
 
 
-def _padded(values: tuple[float, ...], length: int) -> Tensor:
-    return torch.tensor([*values, *[0.0] * (length - len(values))])
+def start_coefficients(name: str, form: str, degrees: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(1, m+1) and (1, n): the start ``name`` for a denominator, with zeros for degrees above the start's."""
+    start = STARTS[form][name]
+    pairs = zip((start.numerator, start.denominator), (degrees[0] + 1, degrees[1]), strict=True)
+    numerator, denominator = (torch.tensor([[*values, *[0.0] * (size - len(values))]]) for values, size in pairs)
+    return numerator, denominator

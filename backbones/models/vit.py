@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import BackboneConfig, check_patch_multiple
-from ..layers.attention import Attention, RelPosAttention
+from ..layers.attention import Attention, RelPosAttention, mimetic_start
 from ..layers.gr_kan import GRKAN, GroupRational
 from ..layers.karat import FourierOperator, KArAttention
 from ..layers.resample import Grid
+from ..layers.spline_kan import SplineKAN
 from ..layers.windows import window_partition, window_unpartition
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -91,6 +92,9 @@ class VisionTransformer(nn.Module):
             if isinstance(module, nn.Linear) and module not in own:
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        if self.config.attention.weight_init == "mimetic":
+            for block in self.blocks:
+                mimetic_start(block.attn)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes), or features (B, C) when num_classes is 0."""
@@ -223,6 +227,8 @@ def _feed_forward(config: BackboneConfig) -> nn.Module:
     ffn = config.ffn
     if ffn.kind == "mlp":
         return Mlp(config.embed_dim, config.hidden_dim, drop=config.drop_rate)
+    if ffn.kind == "kan":
+        return SplineKAN(config.embed_dim, config.hidden_dim, ffn.grid, ffn.order, config.drop_rate)
     return GRKAN(
         config.embed_dim,
         config.hidden_dim,
