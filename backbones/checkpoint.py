@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import BackboneConfig
+from .layers.gr_kan import GroupRational, start_coefficients
 from .layers.karat import TOKEN_AXIS
 from .layers.resample import Grid, resample_tokens
+from .layers.starts import STARTS
 from .utils.errors import UserError
 from .utils.files import save_weights
 
@@ -36,6 +38,8 @@ class MatchReport:
     resized: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
+    note: str = ""
 
     @property
     def share(self) -> float:
@@ -50,11 +54,16 @@ class MatchReport:
             names = getattr(self, what)
             shown = ", ".join(names[:6]) + (f", ... ({len(names) - 6} more)" if len(names) > 6 else "")
             lines.append(f"  {what.replace('_', ' '):<9} {len(names)}{': ' if names else ''}{shown}")
+        if self.started:
+            lines.append(f"  started   {len(self.started)}: {self.note}")
         return "\n".join(lines)
 
 
 def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9, quiet: bool = False) -> MatchReport:
     """Fills a backbone from a file or a timm model, resampling what belongs to another number of tokens.
+
+    A ViT's weights in a GR-KAN backbone keep the ViT's function: F1 becomes the identity and F2 GELU, whatever
+    ``ffn.init`` says, up to GELU's fit.
 
     Args:
         network: from ``create_backbone``.
@@ -69,7 +78,14 @@ def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9,
     target = network.state_dict()
     report = MatchReport(str(source), network.config.arch)
     new: dict[str, Tensor] = {}
+    starts = _rationals_of_a_vit(state, network)
     for name, current in target.items():
+        if name in starts:
+            new[name] = starts[name]
+            report.started.append(name)
+            report.total += current.numel()
+            report.filled += current.numel()
+            continue
         tensor = state.get(name)
         fitted = None if tensor is None else _fit(name, tensor, current, network, saved)
         in_classifier = name.startswith("head.")
@@ -84,6 +100,12 @@ def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9,
             f"{name} {_shapes(tensor, current)}" if resized else name
         )
     report.left_out = [name for name in state if name not in new]
+    if starts:
+        gelu = STARTS[network.config.ffn.denominator]["gelu"]
+        report.note = (
+            f"F1 = identity, F2 = GELU, the activation of {source}, "
+            f"within {gelu.error:.1e} on [-{gelu.limit:g}, {gelu.limit:g}]"
+        )
     if report.share < min_match:
         raise UserError(
             f"{report}\nThat is less than {min_match:.0%}: is this the checkpoint of another model? "
@@ -95,6 +117,26 @@ def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9,
     if not quiet:
         print(report, flush=True)
     return report
+
+
+def _rationals_of_a_vit(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """Coefficients that give GR-KAN the function of a ViT's MLP (GELU); empty unless an MLP meets a GR-KAN.
+
+    Degrees below (5, 4) hold no GELU: they keep their start, and the report counts them as missing.
+    """
+    first = "blocks.0.mlp."
+    if f"{first}fc1.weight" not in state or f"{first}act1.weight_numerator" in state:
+        return {}
+    ffn, starts = network.config.ffn, {}
+    if ffn.degrees[0] < 5 or ffn.degrees[1] < 4:
+        return {}
+    for prefix, module in network.named_modules():
+        if isinstance(module, GroupRational):
+            function = "identity" if prefix.endswith("act1") else "gelu"
+            a, b = start_coefficients(function, ffn.denominator, ffn.degrees)
+            starts[f"{prefix}.weight_numerator"] = a.expand_as(module.weight_numerator)
+            starts[f"{prefix}.weight_denominator"] = b.expand_as(module.weight_denominator)
+    return starts
 
 
 def save_backbone(path: str | Path, network: nn.Module, **metadata: Any) -> None:

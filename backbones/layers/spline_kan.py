@@ -68,7 +68,7 @@ class SplineKAN(nn.Module):
     """Two KAN layers, dim → hidden_dim → dim, in place of an MLP.
 
     Its known failure is memory: a layer has G+k+1 = 9 weights where a linear one has 1, and keeps k+2 tensors of G+k
-    values per input element for the backward pass, about fifty times what an MLP keeps.
+    values per input element for the backward pass, 41 times what an MLP keeps (measured at width 192, float32).
     """
 
     def __init__(self, dim: int, hidden_dim: int, grid: int = 5, order: int = 3, drop_rate: float = 0.0):
