@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import run_suite
 
+from backbones.models.presets import FAMILIES
 from suite import plan, runner
+from suite.figures import COLORS
 from suite.plan import Data, Job, make_jobs, read_data
 
 DATA = """
@@ -32,6 +34,15 @@ def test_the_commands_are_those_a_user_would_type(data_file, tmp_path):
     assert "train_net.py --config detection/vitdet_softmax.yaml --size nano" in detection
     assert f"MODEL.VIT.weights {tmp_path}/out/vit/classification/model.safetensors" in detection
     assert jobs[4].command[-1] == "schedule.epochs=3"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_config_for_every_task(data_file, tmp_path, family):
+    jobs = make_jobs([family], "nano", read_data(str(data_file)), tmp_path / "out", quick=True)
+    configs = [word for job in jobs for word in job.command if word.startswith(("detection/", "segmentation/configs"))]
+    assert len(configs) == 2
+    assert all((plan.ROOT / config).is_file() for config in configs)
+    assert family in COLORS
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ from torch import nn
 from backbones import create_backbone, list_backbones
 from backbones.layers.windows import window_partition, window_unpartition
 
-NANO = ["vit_nano_patch8_64", "karat_nano_patch8_64", "kat_nano_patch8_64", "karkat_nano_patch8_64"]
+NANO = [
+    "vit_nano_patch8_64",
+    "karat_nano_patch8_64",
+    "kat_nano_patch8_64",
+    "karkat_nano_patch8_64",
+    "vitkan_nano_patch8_64",
+]
 
 
 def millions(name, **overrides):
@@ -165,6 +171,37 @@ def test_karat_starts_with_the_variance_of_its_values():
     assert out.std().item() == pytest.approx(1.0, abs=0.15)
 
 
+def test_mimetic_start_makes_tokens_attend_to_their_like_and_values_take_themselves_back():
+    """arXiv 2305.09828: W_q W_kᵀ ≈ 0.7 Z + 0.7 I at rank d per head, W_v W_proj = 0.4 Z − 0.4 I."""
+
+    def correlation(product):
+        identity = torch.eye(len(product))
+        return (product.sub(product.mean()) * (identity - identity.mean())).sum() / (
+            product.sub(product.mean()).norm() * (identity - identity.mean()).norm()
+        )
+
+    torch.manual_seed(0)
+    nets = {
+        kind: create_backbone("vit_tiny_patch16_224", attention={"weight_init": kind}) for kind in ("normal", "mimetic")
+    }
+    for kind, net in nets.items():
+        for block in net.blocks[::5]:
+            queries, keys, values = block.attn.qkv.weight.detach().T.chunk(3, 1)  # (C, C), tokens are rows
+            for head in range(3):
+                q, k = (w[:, 64 * head : 64 * head + 64] for w in (queries, keys))
+                assert correlation(q @ k.T) > 0.3 if kind == "mimetic" else abs(correlation(q @ k.T)) < 0.1
+            output = values @ block.attn.proj.weight.detach().T
+            if kind == "normal":
+                assert abs(correlation(output)) < 0.1
+                continue
+            assert correlation(output) < -0.5
+            assert output.diagonal().mean().item() == pytest.approx(-0.4, abs=0.01)
+            rest = output - torch.diag(output.diagonal())
+            assert rest.std().item() == pytest.approx(0.4 / 192**0.5, rel=0.05)
+            assert block.attn.qkv.bias.eq(0).all()
+    assert nets["mimetic"].blocks[0].attn.qkv.weight.ne(nets["mimetic"].blocks[1].attn.qkv.weight).any()
+
+
 def test_presets_are_timm_models_and_timms_own_stay_timms():
     assert set(NANO) <= set(list_backbones())
     net = timm.create_model("karkat_nano_patch8_64", num_classes=7, drop_path_rate=0.1)
@@ -189,6 +226,7 @@ def test_class_token_and_pooled_features():
         ("karat_nano_patch8_64", {"attention": {"mode": "shared"}}, "'blockwise', 'universal'"),
         ("vit_nano_patch8_64", {"img_size": 70}, "70x70 is not divisible by the patch size 8; use 64 or 72"),
         ("karat_nano_patch8_64", {"attention": {"rank": 99}, "class_token": False}, "rank 99 exceeds the 64 tokens"),
+        ("vit_nano_patch8_64", {"attention": {"weight_init": "mimic"}}, "'normal', 'mimetic'"),
         ("kat_nano_patch8_64", {"ffn": {"groups": 7}}, "width 96 is not divisible by ffn.groups 7"),
         ("vit_nano_patch8_64", {"window_size": 4}, "class_token=False"),
         ("vit_nano_patch8_64", {"out_indices": [6]}, "blocks 0 to 5"),

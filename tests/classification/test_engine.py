@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from backbones import create_backbone
 from backbones.checkpoint import read_weights
 from backbones.utils.runlog import read_metrics
 from classification import engine
@@ -57,6 +58,19 @@ def test_a_run_leaves_all_it_takes_to_repeat_and_judge_it(images, tmp_path, arch
     again = engine.evaluate_only(recipe(images, tmp_path / "run"))
     assert again["top1"] == metrics["top1"]
     assert again["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.7])
+def test_rational_coefficients_take_no_decay(tmp_path, layer_decay):
+    settings = recipe(tmp_path, tmp_path / "run", "model.arch=kat_nano_patch8_64", f"train.layer_decay={layer_decay}")
+    network = create_backbone("kat_nano_patch8_64", depth=2)
+    optimizer, _ = engine._schedule(settings, network, steps=10, batch=16)
+    decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(network.named_parameters())
+    coefficients = [n for n in named if n.endswith(("weight_numerator", "weight_denominator"))]
+    assert len(coefficients) == 8  # two activations in each of two blocks
+    assert {decay_of[id(named[name])] for name in coefficients} == {0.0}
+    assert decay_of[id(named["blocks.0.mlp.fc1.weight"])] == settings.train.weight_decay > 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -13,6 +13,7 @@ FAMILIES = {
     "karat": ("karat", "mlp"),
     "kat": ("softmax", "grkan"),
     "karkat": ("karat", "grkan"),
+    "vitkan": ("softmax", "kan"),
 }
 
 

@@ -276,6 +276,14 @@ def test_learning_rate_follows_batch_and_depth(tiny):
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(named)
 
 
+def test_rational_coefficients_take_no_decay(tiny):
+    small = prepare(tiny(family="kat"), resume=False)
+    decay_of = {id(p): g["weight_decay"] for g in small.optimizer.param_groups for p in g["params"]}
+    coefficients = {n: p for n, p in small.model.named_parameters() if "weight_numerator" in n or "weight_denom" in n}
+    assert len(coefficients) == 8  # two activations in each of two blocks
+    assert {decay_of[id(p)] for p in coefficients.values()} == {0.0}
+
+
 def test_detector_finetunes_from_another_runs_weights(finished, tiny, capsys):
     folder, _, _ = finished
     run = prepare(tiny("MODEL.WEIGHTS", str(folder / WEIGHTS), family="karkat"), resume=False)

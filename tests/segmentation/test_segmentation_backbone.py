@@ -79,8 +79,8 @@ def test_norms_biases_and_rational_coefficients_are_not_decayed_and_layers_slow_
     of = {id(p): group for group in groups for p in group["params"]}
     lr, net = cfg.optim_wrapper.optimizer.lr, model.backbone.net
     named = dict(net.named_parameters())
-    coefficients = [n for n in named if n.endswith("weight_numerator")]
-    assert coefficients
+    coefficients = [n for n in named if n.endswith(("weight_numerator", "weight_denominator"))]
+    assert len(coefficients) == 4 * net.depth
     for name in (*coefficients, "pos_embed", "blocks.0.norm1.weight", "blocks.0.attn.qkv.bias"):
         assert of[id(named[name])]["weight_decay"] == 0
     assert of[id(named["blocks.0.attn.qkv.weight"])]["weight_decay"] == cfg.optim_wrapper.optimizer.weight_decay

@@ -20,7 +20,7 @@ from backbones.utils.runlog import read_metrics
 from .plan import Data, Job
 
 mpl.use("Agg")
-COLORS = {"vit": "#4c72b0", "karat": "#c44e52", "kat": "#55a868", "karkat": "#8172b2"}
+COLORS = {"vit": "#4c72b0", "karat": "#c44e52", "kat": "#55a868", "karkat": "#8172b2", "vitkan": "#937860"}
 _VAL = {
     "classification": ("top1", "top-1 %"),
     "detection": ("box_ap50", "box AP50"),

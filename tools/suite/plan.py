@@ -13,8 +13,8 @@ from backbones.utils.errors import UserError, check_keys, suggest
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("classification", "detection", "segmentation")
-# Names of the same four comparisons in Detectron2's and MMSegmentation's config files.
-CONFIG_NAMES = {"vit": "softmax", "karat": "karat", "kat": "kat", "karkat": "karkat"}
+# Names of the same comparisons in Detectron2's and MMSegmentation's config files.
+CONFIG_NAMES = {"vit": "softmax", "karat": "karat", "kat": "kat", "karkat": "karkat", "vitkan": "vitkan"}
 _STATES = {"classification": "checkpoint.pt", "detection": "checkpoint.pth", "segmentation": "last_checkpoint"}
 _DATA_KEYS = {
     "classification": ("root",),
