@@ -11,7 +11,7 @@ import argparse
 
 from backbones.utils.errors import UserError, check_choice, run_main
 
-ROUNDS = {"rational": {"cpu": 31, "cuda": 101}, "model": {"cpu": 5, "cuda": 21}}
+ROUNDS = {"rational": {"cpu": 31, "cuda": 51}, "model": {"cpu": 5, "cuda": 21}}
 ARCHS = ",".join(f"{family}_tiny_patch16_224" for family in ("vit", "kat", "karat", "karkat"))
 
 
@@ -38,25 +38,35 @@ def main(argv: list[str]) -> int:
     for command in (rational, model):
         command.add_argument("--device", help="cpu, cuda or cuda:N; default: a GPU when there is one")
         command.add_argument("--rounds", type=int, help="timed rounds, of which the median counts")
+        command.add_argument("--threads", type=int, help="CPU threads; 1 on a machine that others use too")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--json", metavar="FILE", help="write all figures, versions and the command here")
         command.add_argument("--markdown", metavar="FILE", help="write the table here")
     arguments = parser.parse_args(argv)
 
+    import torch
+
     from bench.options import check_positive, parse_device
     from bench.report import environment, print_table, write
 
     device = parse_device(arguments.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    if arguments.threads is not None:
+        torch.set_num_threads(check_positive("--threads", arguments.threads))
     rounds = ROUNDS[arguments.command][device.type] if arguments.rounds is None else arguments.rounds
-    rows, columns, failed = arguments.run(arguments, device, check_positive("--rounds", rounds))
     about = environment(device, argv, arguments.seed)
+
+    def save(rows: list[dict], columns: list) -> None:
+        write(rows, columns, about, arguments.json, arguments.markdown)
+
+    rows, columns, failed = arguments.run(arguments, device, check_positive("--rounds", rounds), save)
     print_table(rows, columns, about)
-    write(rows, columns, about, arguments.json, arguments.markdown)
     return 1 if failed else 0
 
 
-def run_rational(arguments: argparse.Namespace, device, rounds: int) -> tuple[list[dict], list, bool]:
-    """Rows of every case, shape and type."""
+def run_rational(arguments: argparse.Namespace, device, rounds: int, save) -> tuple[list[dict], list, bool]:
+    """Rows of every case, shape and type, saved after each so that a run cut short leaves what it had."""
     from backbones.ops.rational import FORMS
     from bench.cases import CASES, Problem
     from bench.operators import run_case
@@ -88,10 +98,11 @@ def run_rational(arguments: argparse.Namespace, device, rounds: int) -> tuple[li
             for dtype in dtypes:
                 problem = Problem(shape, DTYPES[dtype], device, groups, degrees, arguments.form)
                 rows += run_case(case, problem, dtype, chosen, rounds, arguments.seed)
+                save(rows, OPERATOR_COLUMNS)
     return rows, OPERATOR_COLUMNS, any(row["problem"] for row in rows if row["contestant"] == "karvis")
 
 
-def run_model(arguments: argparse.Namespace, device, rounds: int) -> tuple[list[dict], list, bool]:
+def run_model(arguments: argparse.Namespace, device, rounds: int, save) -> tuple[list[dict], list, bool]:
     """Rows of every preset."""
     from backbones.models.presets import preset_config
     from bench.models import run_models
@@ -107,6 +118,7 @@ def run_model(arguments: argparse.Namespace, device, rounds: int) -> tuple[list[
     if len(dtype) > 1:
         raise UserError(f"--dtype is {arguments.dtype!r}; a model runs in one type at a time. Choose fp32 or bf16.")
     rows = run_models(archs, batch, dtype[0], device, arguments.compile, rounds, arguments.seed)
+    save(rows, MODEL_COLUMNS)
     return rows, MODEL_COLUMNS, any(row["problem"] for row in rows)
 
 

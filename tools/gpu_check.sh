@@ -5,7 +5,7 @@
 #
 # PYTHON (python3)   any Python with torch and timm; tests need pytest, train what tools/make_sample_data.py imports
 # OUT (./gpu_check)  logs and JSON of every stage
-# LIMIT (300)        seconds for one command of a stage
+# LIMIT (480)        seconds for one command of a stage
 # DEVICE (cuda)      cpu runs tiny sizes, to try the script itself
 #
 # A failing stage does not stop the others; the exit code is 1 when one failed, 2 for a stage that does not exist.
@@ -13,7 +13,7 @@ set -uo pipefail
 
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-$PWD/gpu_check}
-LIMIT=${LIMIT:-300}
+LIMIT=${LIMIT:-480}
 DEVICE=${DEVICE:-cuda}
 STAGES=(info tests rational model train)
 
