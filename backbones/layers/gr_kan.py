@@ -4,9 +4,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..ops import group_rational
+from ..ops import fuses, group_rational, norm_rational
 from .starts import STARTS
+
+_WIDEST_NORM = 4096  # channels of one tile of the kernel that holds whole rows
 
 
 class GroupRational(nn.Module):
@@ -26,8 +29,16 @@ class GroupRational(nn.Module):
         self.weight_numerator = nn.Parameter(numerator)
         self.weight_denominator = nn.Parameter(denominator.repeat(groups, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return group_rational(x, self.weight_numerator, self.weight_denominator, self.form)
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """F(x + bias) for x (..., C) and bias (C,)."""
+        return group_rational(x, self.weight_numerator, self.weight_denominator, self.form, bias)
+
+    def after_norm(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """F(norm(x)), in one kernel for a LayerNorm over the channels where there is one."""
+        if not (fuses(x) and _is_plain(norm, nn.LayerNorm) and norm.bias is not None and x.shape[-1] <= _WIDEST_NORM):
+            return self(norm(x))
+        numerator, denominator = self.weight_numerator, self.weight_denominator
+        return norm_rational(x, norm.weight, norm.bias, numerator, denominator, self.form, norm.eps)
 
 
 class GRKAN(nn.Module):
@@ -61,9 +72,19 @@ class GRKAN(nn.Module):
             nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(self.drop1(self.act1(x)))
-        return self.fc2(self.drop2(self.act2(x)))
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(..., dim) to (..., dim); ``norm`` is the normalization before the feed-forward, for F1 to run with it."""
+        x = self.drop1(self.act1(x) if norm is None else self.act1.after_norm(x, norm))
+        if fuses(x) and _is_plain(self.fc1, nn.Linear):
+            x = self.act2(F.linear(x, self.fc1.weight), self.fc1.bias)
+        else:
+            x = self.act2(self.fc1(x))
+        return self.fc2(self.drop2(x))
+
+
+def _is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether the module is what it was built as, and nothing watches its output: only then may a kernel replace it."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def start_coefficients(name: str, form: str, degrees: tuple[int, int]) -> tuple[Tensor, Tensor]:

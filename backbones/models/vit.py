@@ -42,7 +42,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, grid: Grid, prefix: int, shared: FourierOperator | None = None) -> Tensor:
         """(B, N, C) to the same shape, N = prefix + rows·columns of ``grid``."""
         x = x + self.drop_path(self._attend(self.norm1(x), grid, prefix, shared))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        fused = isinstance(self.mlp, GRKAN)  # takes the normalization along, see its forward
+        return x + self.drop_path(self.mlp(x, self.norm2) if fused else self.mlp(self.norm2(x)))
 
     def _attend(self, x: Tensor, grid: Grid, prefix: int, shared: FourierOperator | None) -> Tensor:
         size = self.window_size

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from backbones.layers.gr_kan import GroupRational
-from backbones.ops import group_rational
-from backbones.ops.rational import eager
+from backbones.ops import group_rational, norm_rational
+from backbones.ops.rational import eager, library, native
 from backbones.ops.rational.reference import group_rational_reference
 
 
@@ -32,7 +32,7 @@ def test_equals_the_formula_channel_by_channel():
 @pytest.mark.parametrize("numerator_rows", [1, 8], ids=["shared", "per_group"])
 @pytest.mark.parametrize("degrees", [(5, 4), (3, 1), (0, 2)])
 def test_eager_form_has_the_references_values_and_gradients(form, numerator_rows, degrees, monkeypatch):
-    monkeypatch.setattr(eager, "_BLOCK_ELEMENTS", 96)  # several blocks
+    monkeypatch.setattr(eager, "_BLOCK_ELEMENTS", 96)  # several blocks; float64 takes the eager form
     tensors = inputs(rows=5, numerator_rows=numerator_rows, degrees=degrees)
     upstream = torch.randn(5, 48, dtype=torch.float64)
     results = []
@@ -102,3 +102,113 @@ def test_strides_leading_shapes_and_empty_batches():
 def test_input_that_does_not_fit_is_named(x, a, b, message):
     with pytest.raises(ValueError, match=message):
         group_rational(x, a, b)
+
+
+@pytest.mark.parametrize("form", ["sum_abs", "abs_sum"])
+@pytest.mark.parametrize("width", [768, 160, 21], ids=lambda w: f"width{w}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_kernel_has_the_references_values_and_gradients(dtype, width, form):
+    groups = 7 if width == 21 else 8
+    x, upstream = (torch.randn(65, width).to(dtype) for _ in range(2))
+    assert native.available(x, (5, 4)), "these tests need a C++ compiler"
+    a, b = torch.randn(1, 6), torch.randn(groups, 4)
+    results = []
+    for function, kind in ((group_rational, None), (group_rational_reference, torch.float64)):
+        leaves = [t.to(kind or t.dtype).requires_grad_() for t in (x, a, b)]
+        out = function(*leaves, form)
+        results.append([out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))])
+    for index, (ours, exact) in enumerate(zip(*results, strict=True)):
+        rounding = torch.finfo(dtype).eps / 2 if index < 2 else 0
+        assert ((ours - exact).abs() <= rounding * exact.abs() + 1e-5 * exact.abs().max()).all()
+
+
+def test_cpu_kernel_does_not_depend_on_the_number_of_threads():
+    x, a, b, upstream = torch.randn(500, 48), torch.randn(1, 6), torch.randn(8, 4), torch.randn(500, 48)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(native.backward(upstream, x, a, b, "sum_abs"))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_cpu_kernel_keeps_infinite_and_nan_as_the_reference_does():
+    x = torch.tensor([float("inf"), -float("inf"), float("nan"), 1e30, -1e30, 1e4, 0.0, -0.0]).repeat(2, 2)
+    a, b = torch.randn(1, 6), torch.randn(8, 4)
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, reference = (f(x.to(dtype), a, b) for f in (group_rational, group_rational_reference))
+        torch.testing.assert_close(ours, reference, equal_nan=True)
+
+
+def test_without_a_working_compiler_the_eager_form_runs(monkeypatch, tmp_path):
+    monkeypatch.setenv("KARVIS_CACHE", str(tmp_path))
+    native._library.cache_clear()
+    x, a, b = torch.randn(4, 16), torch.randn(1, 6), torch.randn(8, 4)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="no-such-compiler"):
+        assert not native.available(x, (5, 4))
+    torch.testing.assert_close(group_rational(x, a, b), group_rational_reference(x, a, b))
+    native._library.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_rational_is_the_activation_of_the_layer_norm(dtype):
+    x = torch.randn(5, 7, 48).to(dtype)
+    tensors = [t.requires_grad_() for t in (x, torch.randn(48), torch.randn(48), torch.randn(1, 6), torch.randn(8, 4))]
+
+    def composed(x, weight, bias, a, b):
+        return group_rational_reference(torch.nn.functional.layer_norm(x, (48,), weight, bias, 1e-6), a, b)
+
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    upstream = torch.randn(5, 7, 48, dtype=torch.float64)
+    out, truth = norm_rational(*tensors), composed(*exact)
+    assert out.dtype == dtype
+    ours = [out, *torch.autograd.grad(out, tensors, upstream.to(dtype))]
+    for mine, theirs in zip(ours, [truth, *torch.autograd.grad(truth, exact, upstream)], strict=True):
+        assert (mine - theirs).abs().max() <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * theirs.abs().max()
+    assert norm_rational(x.detach()[:0], *tensors[1:]).shape == (0, 7, 48)
+
+
+def test_only_the_inputs_are_saved():
+    saved = []
+    x, a, b = (t.float().detach().requires_grad_() for t in inputs())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()), lambda t: t):
+        group_rational(x, a, b)
+    assert set(saved) == {t.data_ptr() for t in (x, a, b)}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_ops_keep_the_rules_of_torch_library(bias):
+    x, a, b = (t.float().detach().requires_grad_() for t in inputs())
+    extra = torch.randn(48, requires_grad=True) if bias else None
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(library.group_rational_op, (x, extra, a, b, "sum_abs"), test_utils=checks)
+    w = torch.randn(48, requires_grad=True)
+    arguments = (x, w, torch.randn(48), 1e-6, a, b, "sum_abs", torch.float32)
+    torch.library.opcheck(library.norm_rational_op, arguments, test_utils=checks)
+
+
+@pytest.mark.slow
+def test_compiles_without_a_graph_break_and_exports_to_plain_operators():
+    layer = GroupRational(groups=4, degrees=(5, 4), init="swish")
+    x = torch.randn(6, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+    program = torch.export.export(layer, (x,))
+    assert not any("karvis" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"bias": torch.ones(15)}, r"bias must be \(16,\).*got \(15,\)"),
+        ({"denominator": torch.ones(8, 4, dtype=torch.int32)}, "denominator must be floating point, got torch.int32"),
+        ({"form": "signed"}, "sum_abs.*abs_sum"),
+    ],
+    ids=["bias", "integer_coefficients", "form"],
+)
+def test_more_input_that_does_not_fit_is_named(arguments, message):
+    call = {"x": torch.ones(2, 16), "numerator": torch.ones(1, 6), "denominator": torch.ones(8, 4), **arguments}
+    with pytest.raises(ValueError, match=message):
+        group_rational(**call)

@@ -5,8 +5,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...utils.errors import check_choice
-from .library import group_rational_op, norm_rational_op
+from .library import fuses, group_rational_op, norm_rational_op
 from .reference import group_rational_reference
+
+__all__ = ["FORMS", "fuses", "group_rational", "norm_rational"]
 
 FORMS = ("sum_abs", "abs_sum")
 

@@ -1,10 +1,9 @@
-"""The operators as torch.library ops: dispatch to the kernels, shapes for tracing, and autograd that saves only inputs.
+"""The operators as torch.library ops: choice of the kernel, shapes for tracing, and autograd that saves only inputs.
 
-No autocast rule is registered on purpose: under autocast the ops then take x in the type it has, where a rule could only
-cast it. Kernels: Triton on a GPU (and under its interpreter), ``native.cpp`` on a CPU, ``eager.py`` elsewhere.
+No autocast rule is registered, on purpose: a rule could only cast x, and without one the ops take it as it comes.
+Kernels: Triton on a GPU, ``native.cpp`` on a CPU with a C++ compiler, ``eager.py`` elsewhere and for float64.
 """
 
-import os
 from functools import cache
 from types import ModuleType
 
@@ -12,8 +11,6 @@ import torch
 from torch import Tensor
 
 from . import eager, native
-
-_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @torch.library.custom_op("karvis::group_rational", mutates_args=())
@@ -142,9 +139,14 @@ group_rational_op.register_autograd(_backward, setup_context=_save)
 norm_rational_op.register_autograd(_norm_backward, setup_context=_norm_save)
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether a bias or a LayerNorm before F costs no pass of its own: True where the Triton kernels run."""
+    return _kernels(x) is not None
+
+
 def _kernels(x: Tensor) -> ModuleType | None:
     """The Triton kernels when they can take x; imported here, at the first launch."""
-    return _triton() if (x.is_cuda or _interpreted) and x.dtype != torch.float64 else None
+    return _triton() if x.is_cuda and x.dtype != torch.float64 else None
 
 
 @cache

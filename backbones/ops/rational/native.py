@@ -81,7 +81,7 @@ def _build(command: list[str]) -> Path:
             built = Path(folder, "built.so")
             full = [*command, "-shared", "-fPIC", str(_SOURCE), "-o", str(built)]
             subprocess.run(full, check=True, capture_output=True, text=True, timeout=120)
-            os.replace(built, path)
+            built.replace(path)
     return path
 
 
