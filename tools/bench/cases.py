@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from backbones.ops import group_rational
+from backbones.ops import group_rational, norm_rational
 from backbones.ops.rational.reference import group_rational_reference
 
 
@@ -86,6 +86,52 @@ def _karvis(problem: Problem) -> Callable[..., Tensor]:
     return lambda x, numerator, denominator: group_rational(x, numerator, denominator, problem.form)
 
 
+def norm_inputs(problem: Problem, generator: torch.Generator) -> dict[str, Tensor]:
+    """The inputs of ``rational_inputs`` after a LayerNorm's weight and bias."""
+    x, *coefficients = rational_inputs(problem, generator).items()
+    draw = partial(torch.randn, problem.shape[-1], generator=generator, device=problem.device)
+    return dict([x, ("weight", draw().requires_grad_()), ("bias", draw().requires_grad_()), *coefficients])
+
+
+def norm_reference(problem: Problem) -> Callable[..., Tensor]:
+    def reference(x: Tensor, weight: Tensor, bias: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+        return group_rational_reference(_layer_norm(x, weight, bias), numerator, denominator, problem.form)
+
+    return reference
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), 1e-6)
+
+
+def _unfused_norm(problem: Problem) -> Callable[..., Tensor]:
+    def call(x: Tensor, weight: Tensor, bias: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
+        return group_rational(_layer_norm(x, weight, bias), numerator, denominator, problem.form)
+
+    return call
+
+
+def bias_inputs(problem: Problem, generator: torch.Generator) -> dict[str, Tensor]:
+    """The inputs of ``rational_inputs`` and a bias per channel."""
+    inputs = rational_inputs(problem, generator)
+    bias = torch.randn(problem.shape[-1], generator=generator, device=problem.device)
+    return {**inputs, "bias": bias.requires_grad_()}
+
+
+def bias_reference(problem: Problem) -> Callable[..., Tensor]:
+    def reference(x: Tensor, numerator: Tensor, denominator: Tensor, bias: Tensor) -> Tensor:
+        return group_rational_reference((x + bias).to(x.dtype), numerator, denominator, problem.form)
+
+    return reference
+
+
+def _unfused_bias(problem: Problem) -> Callable[..., Tensor]:
+    def call(x: Tensor, numerator: Tensor, denominator: Tensor, bias: Tensor) -> Tensor:
+        return group_rational((x + bias).to(x.dtype), numerator, denominator, problem.form)
+
+    return call
+
+
 def _peer(module: str, attribute: str, takes_groups: bool) -> Callable[[Problem], Callable[..., Tensor]]:
     """A published kernel, called as its own layer calls it: one numerator row per group."""
 
@@ -126,6 +172,29 @@ CASES = (
             ),
         ),
     ),
-    # The fused LayerNorm + F1 (norm_rational) and bias + F2 (group_rational with bias) go here, each with its own
-    # inputs and reference; their yardsticks are GELU after LayerNorm and GELU after the bias.
+    Case(
+        name="layer_norm + group_rational",
+        inputs=norm_inputs,
+        batched=("x",),
+        reference=norm_reference,
+        yardstick=Contestant(
+            "layer_norm + gelu",
+            lambda problem: lambda x, weight, bias, **_: F.gelu(_layer_norm(x, weight, bias)),
+        ),
+        contestants=(
+            Contestant("unfused", _unfused_norm),
+            Contestant("karvis", lambda problem: partial(norm_rational, form=problem.form)),
+        ),
+    ),
+    Case(
+        name="bias + group_rational",
+        inputs=bias_inputs,
+        batched=("x",),
+        reference=bias_reference,
+        yardstick=Contestant("bias + gelu", lambda problem: lambda x, bias, **_: F.gelu(x + bias.to(x.dtype))),
+        contestants=(
+            Contestant("unfused", _unfused_bias),
+            Contestant("karvis", lambda problem: partial(group_rational, form=problem.form)),
+        ),
+    ),
 )

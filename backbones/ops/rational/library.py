@@ -118,8 +118,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    bias = ctx.saved_tensors[1]
-    dx, dbias, da, db = group_rational_backward_op(grad, *ctx.saved_tensors, ctx.form)
+    x, bias, numerator, denominator = ctx.saved_tensors  # read once: checkpointing allows no more
+    dx, dbias, da, db = group_rational_backward_op(grad, x, bias, numerator, denominator, ctx.form)
     return dx, None if bias is None else dbias, da, db, None
 
 
