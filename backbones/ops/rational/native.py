@@ -75,8 +75,10 @@ def _library(degree_p: int, degree_q: int, signed: bool, bf16: bool) -> ctypes.C
 def _build(command: list[str]) -> Path:
     key = "\0".join([_SOURCE.read_text(), *command, platform.machine(), _processor()])
     path = _folder() / f"rational-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.parent.stat().st_uid != os.getuid():
+        raise PermissionError(f"{path.parent} belongs to another user; set KARVIS_CACHE to a folder of yours")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed whole: several processes may build
             built = Path(folder, "built.so")
             full = [*command, "-shared", "-fPIC", str(_SOURCE), "-o", str(built)]
