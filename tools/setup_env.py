@@ -107,7 +107,7 @@ def make_lock() -> int:
         if LOCK.exists():
             shutil.copy(LOCK, output)
         flags = ["--universal", "--python-version", "3.11", "--extra", "dev", "--constraints", constraints, "--quiet"]
-        flags += ["--no-header", "--no-emit-index-url", "--no-emit-find-links", *sys.argv[2:]]
+        flags += ["--no-header", *sys.argv[2:]]
         run([PYTHON, "-m", "uv", "pip", "compile", *flags, "pyproject.toml", "-o", output])
         lines = output.read_text().splitlines(keepends=True)
     # The constraint file's name is a temporary path of this machine.
