@@ -17,16 +17,17 @@ from torch import Tensor
 
 @triton.jit
 def _coefficients(
-    pointer, chunk, chunks_per_group, mask, FIRST: tl.constexpr, LAST: tl.constexpr, SHARED: tl.constexpr
+    pointer, chunk, chunks_per_group, mask, COUNT: tl.constexpr, SHARED: tl.constexpr, ABSOLUTE: tl.constexpr
 ):
-    """Coefficients FIRST to LAST-1 as a tuple: scalars when all groups share them, else (1, T, 1) by chunk."""
+    """COUNT coefficients as a tuple: scalars when all groups share them, else (1, T, 1) by chunk."""
     values = ()
-    for i in tl.static_range(FIRST, LAST):
+    for i in tl.static_range(COUNT):
         if SHARED:
-            values = values + (tl.load(pointer + i).to(tl.float32),)
+            value = tl.load(pointer + i).to(tl.float32)
         else:
-            at = pointer + (chunk // chunks_per_group) * LAST + i
-            values = values + (tl.load(at, mask=mask, other=0.0).to(tl.float32)[None, :, None],)
+            at = pointer + (chunk // chunks_per_group) * COUNT + i
+            value = tl.load(at, mask=mask, other=0.0).to(tl.float32)[None, :, None]
+        values = values + (tl.abs(value) if ABSOLUTE else value,)
     return values
 
 
@@ -103,10 +104,8 @@ def _forward_kernel(
 ):  # fmt: skip
     chunk = tl.program_id(1) * T + tl.arange(0, T)
     inside = chunk < chunks
-    a = _coefficients(a_ptr, chunk, chunks_per_group, inside, 0, M + 1, SHARED_A)
-    b = _coefficients(b_ptr, chunk, chunks_per_group, inside, 0, N, SHARED_B)
-    if not SIGNED:
-        b = _absolute(b, N)
+    a = _coefficients(a_ptr, chunk, chunks_per_group, inside, M + 1, SHARED_A, False)
+    b = _coefficients(b_ptr, chunk, chunks_per_group, inside, N, SHARED_B, not SIGNED)
     channel = chunk[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
     if BIAS:
         bias = tl.load(bias_ptr + channel, mask=inside[None, :, None], other=0.0).to(tl.float32)
@@ -121,14 +120,6 @@ def _forward_kernel(
 
 
 @triton.jit
-def _absolute(values, COUNT: tl.constexpr):
-    result = ()
-    for i in tl.static_range(COUNT):
-        result = result + (tl.abs(values[i]),)
-    return result
-
-
-@triton.jit
 def _backward_kernel(
     grad_ptr, x_ptr, bias_ptr, a_ptr, b_ptr, dx_ptr, sums_ptr, dbias_ptr, rows, grad_stride, stride, chunks,
     chunks_per_group,
@@ -137,10 +128,8 @@ def _backward_kernel(
 ):  # fmt: skip
     chunk = tl.program_id(1) * T + tl.arange(0, T)
     inside = chunk < chunks
-    a = _coefficients(a_ptr, chunk, chunks_per_group, inside, 0, M + 1, SHARED_A)
-    b = _coefficients(b_ptr, chunk, chunks_per_group, inside, 0, N, SHARED_B)
-    if not SIGNED:
-        b = _absolute(b, N)
+    a = _coefficients(a_ptr, chunk, chunks_per_group, inside, M + 1, SHARED_A, False)
+    b = _coefficients(b_ptr, chunk, chunks_per_group, inside, N, SHARED_B, not SIGNED)
     channel = chunk[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
     sums = _zeros(M + 1 + N, R, T)
     if BIAS:
@@ -181,10 +170,8 @@ def _norm_forward_kernel(
 ):  # fmt: skip
     chunk = tl.arange(0, T)
     inside = chunk < CHUNKS
-    a = _coefficients(a_ptr, chunk, chunks_per_group, inside, 0, M + 1, SHARED_A)
-    b = _coefficients(b_ptr, chunk, chunks_per_group, inside, 0, N, SHARED_B)
-    if not SIGNED:
-        b = _absolute(b, N)
+    a = _coefficients(a_ptr, chunk, chunks_per_group, inside, M + 1, SHARED_A, False)
+    b = _coefficients(b_ptr, chunk, chunks_per_group, inside, N, SHARED_B, not SIGNED)
     channel = chunk[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
     weight = tl.load(weight_ptr + channel, mask=inside[None, :, None], other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=inside[None, :, None], other=0.0).to(tl.float32)
@@ -209,10 +196,8 @@ def _norm_backward_kernel(
 ):  # fmt: skip
     chunk = tl.arange(0, T)
     inside = chunk < CHUNKS
-    a = _coefficients(a_ptr, chunk, chunks_per_group, inside, 0, M + 1, SHARED_A)
-    b = _coefficients(b_ptr, chunk, chunks_per_group, inside, 0, N, SHARED_B)
-    if not SIGNED:
-        b = _absolute(b, N)
+    a = _coefficients(a_ptr, chunk, chunks_per_group, inside, M + 1, SHARED_A, False)
+    b = _coefficients(b_ptr, chunk, chunks_per_group, inside, N, SHARED_B, not SIGNED)
     channel = chunk[None, :, None] * VEC + tl.arange(0, VEC)[None, None, :]
     weight = tl.load(weight_ptr + channel, mask=inside[None, :, None], other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=inside[None, :, None], other=0.0).to(tl.float32)
