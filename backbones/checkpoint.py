@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from .config import BackboneConfig
 from .layers.gr_kan import GroupRational, start_coefficients
-from .layers.karat import TOKEN_AXIS
 from .layers.resample import Grid, resample_tokens
 from .layers.starts import STARTS
 from .utils.errors import UserError
@@ -228,9 +227,10 @@ def _fit(name: str, tensor: Tensor, current: Tensor, network: nn.Module, saved: 
     """``tensor`` in the shape of ``current``: itself, resampled over tokens, or None when it belongs elsewhere."""
     if name == "pos_embed":
         return _fit_pos_embed(tensor, current, network.config, saved)
-    module, _, leaf = name.rpartition(".")
-    if leaf in TOKEN_AXIS and module in network.operators():
-        return _fit_operator(name, leaf, tensor, current, network, saved)
+    operator = next((o for o in network.operators() if name.startswith(f"{o}.")), None)
+    if operator is not None:
+        return _fit_operator(operator, name[len(operator) + 1 :], tensor, current, network, saved)
+    leaf = name.rpartition(".")[2]
     if tensor.shape == current.shape:
         return tensor
     if leaf in ("rel_pos_h", "rel_pos_w") and tensor.dim() == 2 and tensor.shape[1] == current.shape[1]:
@@ -259,22 +259,24 @@ def _fit_pos_embed(
 
 
 def _fit_operator(
-    name: str, leaf: str, tensor: Tensor, current: Tensor, network: nn.Module, saved: BackboneConfig | None
+    owner: str, leaf: str, tensor: Tensor, current: Tensor, network: nn.Module, saved: BackboneConfig | None
 ) -> Tensor | None:
-    axis = -2 if leaf == "w" else -1
-    operator = network.operators()[name.rpartition(".")[0]]
-    other = [d for d in range(tensor.dim()) if d != tensor.dim() + axis]
-    if tensor.dim() != current.dim() or any(tensor.shape[d] != current.shape[d] for d in other):
+    operator = network.operators()[owner]
+    axes, keep_sum = operator.token_axis(leaf)
+    tokens = {tensor.dim() + axis for axis in axes}
+    others = [d for d in range(tensor.dim()) if d not in tokens]
+    if tensor.dim() != current.dim() or any(tensor.shape[d] != current.shape[d] for d in others):
         return None
-    layout = _token_layout(tensor.shape[axis], _saved_grid(name, saved))
-    if layout is None:
-        return None
-    old, old_prefix = layout
-    if (old, old_prefix) == (operator.grid, operator.prefix):
-        return tensor
-    moved = tensor.transpose(axis, -1)
-    moved = resample_tokens(moved, old, operator.grid, old_prefix, operator.prefix, keep_sum=TOKEN_AXIS[leaf])
-    return moved.transpose(axis, -1)
+    for axis in axes:
+        layout = _token_layout(tensor.shape[axis], _saved_grid(owner, saved))
+        if layout is None:
+            return None
+        old, old_prefix = layout
+        if (old, old_prefix) != (operator.grid, operator.prefix):
+            moved = tensor.transpose(axis, -1)
+            moved = resample_tokens(moved, old, operator.grid, old_prefix, operator.prefix, keep_sum)
+            tensor = moved.transpose(axis, -1)
+    return tensor
 
 
 def _saved_grid(name: str, saved: BackboneConfig | None) -> Grid | None:

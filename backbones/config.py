@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from .layers.bases import BASE_FUNCTIONS, BASES
+from .layers.karat import INITS, PROJECTIONS
 from .layers.starts import STARTS
 from .utils.errors import UserError, check_choice, check_keys
 
@@ -13,46 +15,93 @@ class AttentionConfig:
     """How tokens mix.
 
     Args:
-        kind: ``softmax`` or ``karat`` (arXiv 2503.10632).
-        basis: basis of KArAt's functions: ``fourier``.
-        grid: G, number of harmonics of the basis.
-        rank: r, number of rows of Φ̂; W has as many columns.
+        kind: ``softmax``, ``karat`` (arXiv 2503.10632), or a cheap rival of both: ``polynomial`` S³/√N or ``relu``
+            relu(S)/N.
+        basis: of KArAt's functions: ``fourier``, ``rational``, ``mexican_hat``, ``morlet``, ``dog``, ``meyer``,
+            ``shannon`` or ``bspline``.
+        base: base function β added to each function: ``zero``, ``identity``, ``silu`` or ``gelu``.
+        order: ``w_phi`` W Φ̂(S), ``phi_w`` Φ̂(W S) (linear in N for Fourier and B-splines), ``phi_phi`` Φ̂₂(Φ̂₁(S)), or
+            ``full``, one N×N matrix of functions.
+        projection: onto the probability simplex: ``none``, ``before`` (the r numbers that W takes, ``w_phi`` only) or
+            ``after`` (the row of N attention weights).
+        grid: G, harmonics of ``fourier``, intervals of ``bspline``; one number, or one per block.
+        rank: r, number of rows of Φ̂; W has as many columns. One number, or one per block; unused by ``full``.
+        spline_order: degree of the pieces of ``bspline``.
         mode: ``blockwise`` (every block owns its operators) or ``universal`` (all blocks share one set).
         scales: add the paper's two scale tensors per operator.
         init: ``variance_preserving``, or ``paper`` for literal N(0, 1) coefficients.
+        drop_rate: dropout of attention: KArAt's on the r numbers per query, else on the weights.
         weight_init: of the projections: ``normal``, or ``mimetic`` (arXiv 2305.09828).
-        blocks: indices of the blocks that use KArAt, the others use softmax; None = all.
+        blocks: indices of the blocks that use ``kind``, the others use softmax; None = all.
+        heads: indices of the heads that use KArAt, the others use softmax; None = all.
         rel_pos: decomposed relative position embedding of ViTDet (softmax only, no class token).
     """
 
     kind: str = "softmax"
     basis: str = "fourier"
-    grid: int = 3
-    rank: int = 12
+    base: str = "zero"
+    order: str = "w_phi"
+    projection: str = "none"
+    grid: int | tuple[int, ...] = 3
+    rank: int | tuple[int, ...] = 12
+    spline_order: int = 3
     mode: str = "blockwise"
     scales: bool = False
     init: str = "variance_preserving"
+    drop_rate: float = 0.0
     weight_init: str = "normal"
     blocks: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
     rel_pos: bool = False
 
     def __post_init__(self):
-        check_choice("attention.kind", self.kind, ("softmax", "karat"))
-        check_choice("attention.basis", self.basis, ("fourier",))
+        check_choice("attention.kind", self.kind, ("softmax", "karat", "polynomial", "relu"))
+        check_choice("attention.basis", self.basis, BASES)
+        check_choice("attention.base", self.base, BASE_FUNCTIONS)
+        check_choice("attention.order", self.order, PROJECTIONS)
+        if self.projection not in PROJECTIONS[self.order]:
+            allowed = " or ".join(repr(p) for p in PROJECTIONS[self.order])
+            raise UserError(
+                f"attention.projection is {self.projection!r}; attention.order {self.order!r} allows {allowed}. "
+                "'before' needs the order 'w_phi', where W takes what is projected."
+            )
         check_choice("attention.mode", self.mode, ("blockwise", "universal"))
-        check_choice("attention.init", self.init, ("variance_preserving", "paper"))
+        check_choice("attention.init", self.init, INITS)
         check_choice("attention.weight_init", self.weight_init, ("normal", "mimetic"))
-        _check_positive("attention.grid", self.grid)
-        _check_positive("attention.rank", self.rank)
+        for name in ("grid", "rank"):
+            self._normalize_per_block(name)
+        _check_positive("attention.spline_order", self.spline_order)
+        _check_rate("attention.drop_rate", self.drop_rate)
         _check_bool("attention.scales", self.scales)
         _check_bool("attention.rel_pos", self.rel_pos)
-        if self.blocks is not None:
-            object.__setattr__(self, "blocks", _int_tuple("attention.blocks", self.blocks))
-        if self.rel_pos and self.kind == "karat" and self.blocks is None:
+        for name in ("blocks", "heads"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _int_tuple(f"attention.{name}", getattr(self, name)))
+        if self.rel_pos and self.kind != "softmax" and self.blocks is None:
             raise UserError(
-                "attention.rel_pos is defined for softmax scores only, and every block uses KArAt. "
+                f"attention.rel_pos is defined for softmax scores only, and every block uses {self.kind!r}. "
                 "Set rel_pos=False, or attention.blocks to leave some blocks to softmax."
             )
+
+    def _normalize_per_block(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, int):
+            _check_positive(f"attention.{name}", value)
+            return
+        values = _int_tuple(f"attention.{name}", value)
+        for v in values:
+            _check_positive(f"attention.{name}", v)
+        if self.mode == "universal":
+            raise UserError(
+                f"attention.{name} is {values}, a value per block; mode 'universal' shares one operator among all "
+                "blocks. Give one number, or set mode='blockwise'."
+            )
+        object.__setattr__(self, name, values)
+
+    def of_block(self, name: str, block: int) -> int:
+        """``grid`` or ``rank`` of a block."""
+        value = getattr(self, name)
+        return value if isinstance(value, int) else value[block]
 
 
 @dataclass(frozen=True)
@@ -164,9 +213,7 @@ class BackboneConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise UserError(f"{name} is {value!r}; it must be an integer of at least 0.")
         for name in ("drop_path", "drop_rate", "weights_min_match"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise UserError(f"{name} is {value!r}; it must be between 0 and 1.")
+            _check_rate(name, getattr(self, name))
         self._check_sizes()
         self._check_indices()
 
@@ -202,9 +249,28 @@ class BackboneConfig:
             raise UserError(f"window_size {self.window_size} has no place for a class token. Set class_token=False.")
         if self.class_token and self.attention.rel_pos:
             raise UserError("attention.rel_pos is not defined for a class token. Set class_token=False.")
-        tokens = min(self.token_grid(i)[0] * self.token_grid(i)[1] for i in range(self.depth))
-        if self.attention.kind == "karat" and self.attention.rank > tokens:
-            raise UserError(f"attention.rank {self.attention.rank} exceeds the {tokens} tokens of a map or window.")
+        self._check_karat()
+
+    def _check_karat(self) -> None:
+        attention = self.attention
+        for name in ("grid", "rank"):
+            value = getattr(attention, name)
+            if not isinstance(value, int) and len(value) != self.depth:
+                raise UserError(f"attention.{name} has {len(value)} values; the backbone has {self.depth} blocks.")
+        for block in range(self.depth):
+            rows, columns = self.token_grid(block)
+            rank, tokens = attention.of_block("rank", block), rows * columns + int(self.class_token)
+            if self.is_karat(block) and attention.order != "full" and rank > tokens:
+                raise UserError(
+                    f"attention.rank {rank} exceeds the {tokens} tokens of a map or window in block {block}. "
+                    f"Use at most {tokens}."
+                )
+        if attention.heads is not None and attention.kind == "karat":
+            for head in attention.heads:
+                if not 0 <= head < self.num_heads:
+                    raise UserError(f"attention.heads holds {head}; there are heads 0 to {self.num_heads - 1}.")
+            if len(set(attention.heads)) != len(attention.heads) or not attention.heads:
+                raise UserError(f"attention.heads is {attention.heads}; name each head once, or None for all.")
 
     def _check_indices(self) -> None:
         for name, indices in (
@@ -231,9 +297,13 @@ class BackboneConfig:
     def is_windowed(self, block: int) -> bool:
         return self.window_size > 0 and block not in self.global_blocks
 
-    def is_karat(self, block: int) -> bool:
+    def attention_kind(self, block: int) -> str:
+        """``attention.kind`` where it applies, else ``softmax``."""
         attention = self.attention
-        return attention.kind == "karat" and (attention.blocks is None or block in attention.blocks)
+        return attention.kind if attention.blocks is None or block in attention.blocks else "softmax"
+
+    def is_karat(self, block: int) -> bool:
+        return self.attention_kind(block) == "karat"
 
     def token_grid(self, block: int) -> tuple[int, int]:
         """Rows and columns of patches that attend to each other in ``block`` at native size."""
@@ -285,6 +355,11 @@ def _int_tuple(name: str, value: Any) -> tuple[int, ...]:
 def _check_positive(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} is {value!r}; it must be a positive integer.")
+
+
+def _check_rate(name: str, value: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise UserError(f"{name} is {value!r}; it must be between 0 and 1.")
 
 
 def _check_bool(name: str, value: Any) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import BackboneConfig, check_patch_multiple
-from ..layers.attention import Attention, RelPosAttention, mimetic_start
+from ..layers.attention import Attention, PointwiseAttention, RelPosAttention, mimetic_start
 from ..layers.gr_kan import GRKAN, GroupRational
-from ..layers.karat import FourierOperator, KArAttention
+from ..layers.karat import KArAtOperator, KArAttention
 from ..layers.resample import Grid
 from ..layers.spline_kan import SplineKAN
 from ..layers.windows import window_partition, window_unpartition
@@ -39,13 +39,13 @@ class Block(nn.Module):
         self.mlp = _feed_forward(config)
         self.drop_path = DropPath(rate) if rate else nn.Identity()
 
-    def forward(self, x: Tensor, grid: Grid, prefix: int, shared: FourierOperator | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid, prefix: int, shared: KArAtOperator | None = None) -> Tensor:
         """(B, N, C) to the same shape, N = prefix + rows·columns of ``grid``."""
         x = x + self.drop_path(self._attend(self.norm1(x), grid, prefix, shared))
         fused = isinstance(self.mlp, GRKAN)  # takes the normalization along, see its forward
         return x + self.drop_path(self.mlp(x, self.norm2) if fused else self.mlp(self.norm2(x)))
 
-    def _attend(self, x: Tensor, grid: Grid, prefix: int, shared: FourierOperator | None) -> Tensor:
+    def _attend(self, x: Tensor, grid: Grid, prefix: int, shared: KArAtOperator | None) -> Tensor:
         size = self.window_size
         if not size:
             return self.attn(x, grid, prefix, shared=shared)
@@ -150,9 +150,9 @@ class VisionTransformer(nn.Module):
             return checkpoint(block, tokens, grid, self.num_prefix_tokens, self.operator, use_reentrant=False)
         return block(tokens, grid, self.num_prefix_tokens, self.operator)
 
-    def operators(self) -> dict[str, FourierOperator]:
+    def operators(self) -> dict[str, KArAtOperator]:
         """KArAt's operators by their name in the state dict."""
-        return {name: m for name, m in self.named_modules() if isinstance(m, FourierOperator)}
+        return {name: m for name, m in self.named_modules() if isinstance(m, KArAtOperator)}
 
     def layer_id(self, name: str) -> int:
         """Depth of a parameter for layer-wise learning rates: 0 for the embedding, depth + 1 for what follows."""
@@ -193,35 +193,42 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
 
 
-def _operator(config: BackboneConfig, grid: Grid) -> FourierOperator:
+def _operator(config: BackboneConfig, block: int) -> KArAtOperator:
     attention = config.attention
-    return FourierOperator(
-        config.num_heads,
-        grid,
+    return KArAtOperator(
+        config.num_heads if attention.heads is None else len(attention.heads),
+        config.token_grid(block),
         int(config.class_token),
-        attention.grid,
-        attention.rank,
+        attention.basis,
+        attention.of_block("grid", block),
+        attention.of_block("rank", block),
+        attention.order,
+        attention.base,
         attention.scales,
+        attention.projection,
+        attention.drop_rate,
+        attention.spline_order,
         attention.init,
     )
 
 
-def _shared_operator(config: BackboneConfig) -> FourierOperator | None:
+def _shared_operator(config: BackboneConfig) -> KArAtOperator | None:
     """Universal KArAt's one set of operators, at the grid of the first block that uses it."""
     users = [i for i in range(config.depth) if config.is_karat(i)]
-    if config.attention.mode != "universal" or not users:
-        return None
-    return _operator(config, config.token_grid(users[0]))
+    return _operator(config, users[0]) if config.attention.mode == "universal" and users else None
 
 
 def _attention(config: BackboneConfig, index: int) -> Attention:
-    if config.is_karat(index):
-        universal = config.attention.mode == "universal"
-        operator = None if universal else _operator(config, config.token_grid(index))
-        return KArAttention(config.embed_dim, config.num_heads, operator, config.drop_rate)
-    if config.attention.rel_pos:
-        return RelPosAttention(config.embed_dim, config.num_heads, config.token_grid(index), config.drop_rate)
-    return Attention(config.embed_dim, config.num_heads, config.drop_rate)
+    attention, kind = config.attention, config.attention_kind(index)
+    sizes, rates = (config.embed_dim, config.num_heads), (config.drop_rate, attention.drop_rate)
+    if kind == "karat":
+        operator = None if attention.mode == "universal" else _operator(config, index)
+        return KArAttention(*sizes, operator, *rates, attention.heads)
+    if kind != "softmax":
+        return PointwiseAttention(*sizes, kind, *rates)
+    if attention.rel_pos:
+        return RelPosAttention(*sizes, config.token_grid(index), *rates)
+    return Attention(*sizes, *rates)
 
 
 def _feed_forward(config: BackboneConfig) -> nn.Module:

@@ -42,10 +42,10 @@ def test_a_classifier_becomes_a_windowed_dense_backbone(trained, capsys):
     assert "100.0% of" in report
     assert "pos_embed [1, 65, 96]->[1, 256, 96]" in report
     # Windows of 8x8 have the pretraining's grid: the operator is the same but for its class token.
-    torch.testing.assert_close(dense.blocks[0].attn.operator.a, net.blocks[0].attn.operator.a[..., 1:])
+    torch.testing.assert_close(dense.blocks[0].attn.operator.phi.a, net.blocks[0].attn.operator.phi.a[..., 1:])
     # The global block's operator is resampled, and keeps its sum over the grid.
     torch.testing.assert_close(
-        dense.blocks[2].attn.operator.a.sum(-1), net.blocks[2].attn.operator.a[..., 1:].sum(-1), rtol=1e-4, atol=1e-5
+        dense.blocks[2].attn.operator.phi.a.sum(-1), net.blocks[2].attn.operator.phi.a[..., 1:].sum(-1), rtol=1e-4, atol=1e-5
     )
 
 

@@ -160,7 +160,7 @@ def learned_functions(jobs: list[Job]) -> bytes | None:
             operator = getattr(block.attn, "operator", None)
             if operator is not None:
                 panels.append(
-                    (f"{job.family} block {index}: φ of head 0", lambda axis, o=operator: _draw_fourier(axis, o))
+                    (f"{job.family} block {index}: φ of head 0", lambda axis, o=operator: _draw_karat(axis, o))
                 )
             if isinstance(block.mlp, GRKAN):
                 panels.append(
@@ -181,16 +181,17 @@ def learned_functions(jobs: list[Job]) -> bytes | None:
     return _png(figure)
 
 
-@torch.no_grad()
-def _draw_fourier(axis: Any, operator: Any) -> None:
-    """Six of head 0's functions φ(s) = Σ_m a_m cos(m s) + b_m sin(m s), with their token's coefficients."""
+def _draw_karat(axis: Any, operator: Any) -> None:
+    """Six of head 0's functions φ of a score, spread over tokens and ranks."""
     s = torch.linspace(-np.pi, np.pi, 200)
-    m = torch.arange(1, operator.a.shape[1] + 1)[:, None]
-    tokens = operator.a.shape[3]
-    for rank, token in zip(range(6), np.linspace(0, tokens - 1, 6).astype(int), strict=True):
-        a, b = operator.a[0, :, rank % operator.a.shape[2], token], operator.b[0, :, rank % operator.a.shape[2], token]
-        axis.plot(s, a @ torch.cos(m * s) + b @ torch.sin(m * s), linewidth=1)
+    _, outputs, inputs = operator.phi.shape
+    for output, token in zip(_spread(outputs), _spread(inputs), strict=True):
+        axis.plot(s, operator.phi.curve(s, 0, output, token), linewidth=1)
     axis.set_xlabel("score")
+
+
+def _spread(count: int) -> list[int]:
+    return np.linspace(0, count - 1, 6).astype(int).tolist()
 
 
 @torch.no_grad()
