@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from backbones.layers.gr_kan import GroupRational
-from backbones.ops import group_rational, norm_rational
+from backbones.ops import group_rational, native_build, norm_rational
 from backbones.ops.rational import eager, library, native
 from backbones.ops.rational.reference import group_rational_reference
 
@@ -143,13 +143,13 @@ def test_cpu_kernel_keeps_infinite_and_nan_as_the_reference_does():
 
 def test_without_a_working_compiler_the_eager_form_runs(monkeypatch, tmp_path):
     monkeypatch.setenv("KARVIS_CACHE", str(tmp_path))
-    native._library.cache_clear()
+    native_build.library.cache_clear()
     x, a, b = torch.randn(4, 16), torch.randn(1, 6), torch.randn(8, 4)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.warns(UserWarning, match="no-such-compiler"):
         assert not native.available(x, (5, 4))
     torch.testing.assert_close(group_rational(x, a, b), group_rational_reference(x, a, b))
-    native._library.cache_clear()
+    native_build.library.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import eager
+from . import eager, native
 
 # Bytes of one block of scores: within a CPU core's cache, large enough to fill a GPU.
 _BLOCK_BYTES = {"cpu": 2**20}
@@ -54,15 +54,15 @@ def backward(
             s = queries @ keys.transpose(-2, -1)
             ds = functions.backward(s, grad, coefficients[heads], real, sums[heads])
             dq[images, heads, rows] = (ds @ keys).mul_(scale).transpose(0, 1)
-            dkeys += ds.transpose(-2, -1) @ queries
+            dkeys.flatten(0, 1).baddbmm_(ds.flatten(0, 1).transpose(1, 2), queries.flatten(0, 1))
         dk[images, heads] = dkeys[:, :, : k.shape[2]].transpose(0, 1)
     da, db = functions.unpack(sums, k.shape[2])
-    return dq, dk, da.to(a.dtype), db.to(b.dtype)
+    return dq, dk, *(t.to(p.dtype, memory_format=torch.contiguous_format, copy=True) for t, p in ((da, a), (db, b)))
 
 
 def _functions(q: Tensor) -> tuple[ModuleType, torch.dtype]:
     """Who takes the functions of a block of scores, and the type that everything is computed in."""
-    return eager, torch.promote_types(q.dtype, torch.float32)
+    return native if native.available(q) else eager, torch.promote_types(q.dtype, torch.float32)
 
 
 def _blocks(q: Tensor) -> Iterator[tuple[slice, slice, list[slice]]]:
