@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from ..ops import fourier_mix, fourier_phi
 from .rows import by_rows
 from .spline_kan import bspline_basis, uniform_knots
-from .starts import STARTS
 
 Parameters = Mapping[str, Tensor]
 SPLINE_RANGE = 4.0  # splines live on scores in [-4, 4]
@@ -176,13 +175,11 @@ class Rational(Basis):
                 "numerator": self.draw((heads, 6, outputs, inputs), 1),
                 "denominator": self.draw((heads, 4, outputs, inputs), 1),
             }
-        # A denominator that grows as the numerator does: Swish's.
-        b = torch.tensor(STARTS["abs_sum"]["swish"].denominator).view(1, 4, 1, 1)
-        scale = std / math.sqrt(_energy(lambda x: self._terms(x, b[0].unbind(0)).square().sum(0)))
-        return {
-            "numerator": self.draw((heads, 6, outputs, inputs), scale),
-            "denominator": b.expand(heads, 4, outputs, inputs).clone(),
-        }
+        # 1 + x⁴: no term of the numerator outgrows it by more than x.
+        scale = std / math.sqrt(_energy(lambda x: sum((x**i / (1 + x**4)).square() for i in range(6))))
+        denominator = torch.zeros(heads, 4, outputs, inputs)
+        denominator[:, 3] = 1
+        return {"numerator": self.draw((heads, 6, outputs, inputs), scale), "denominator": denominator}
 
     def evaluate(self, x, c):
         numerator, denominator = (t.unsqueeze(2).unbind(1) for t in (c["numerator"], c["denominator"]))  # (h, 1, ·, ·)
@@ -193,12 +190,6 @@ class Rational(Basis):
         for b in denominator[2::-1]:
             bottom = bottom * x + b
         return top / (1 + (bottom * x).abs())
-
-    @staticmethod
-    def _terms(x: Tensor, b: tuple[Tensor, ...]) -> Tensor:
-        """xⁱ / Q(x), i = 0..5, for numbers x."""
-        bottom = 1 + sum(c.flatten() * x ** (j + 1) for j, c in enumerate(b)).abs()
-        return torch.stack([x**i / bottom for i in range(6)])
 
 
 class Wavelet(Basis):
@@ -211,7 +202,9 @@ class Wavelet(Basis):
         raise NotImplementedError
 
     def start(self, shape, std):
-        scale = 1.0 if std is None else std / math.sqrt(_energy(lambda x: self.wave(x).square()))
+        window = self.window(shape[2])
+        share = 1.0 if window is None else window.square().mean().item()
+        scale = 1.0 if std is None else std / math.sqrt(share * _energy(lambda x: self.wave(x).square()))
         return {"w": self.draw(shape, scale), "tau": torch.zeros(shape), "s": torch.ones(shape)}
 
     def evaluate(self, x, c):
@@ -247,7 +240,7 @@ class Shannon(Wavelet):
         return torch.sinc(x / math.pi)
 
     def window(self, inputs):
-        return torch.hamming_window(inputs, periodic=False) if inputs > 1 else torch.ones(1)
+        return torch.hamming_window(inputs, periodic=False, dtype=torch.float64)
 
 
 class Meyer(Wavelet):

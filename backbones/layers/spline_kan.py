@@ -10,8 +10,8 @@ from .starts import STARTS
 
 
 def uniform_knots(grid: int, order: int, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """(grid + 2·order + 1,): ``grid`` equal intervals on [low, high], continued by ``order`` more on each side."""
-    return low + torch.arange(-order, grid + order + 1) * ((high - low) / grid)
+    """(grid + 2·order + 1,) float64: ``grid`` equal intervals on [low, high], and ``order`` more on each side."""
+    return low + torch.arange(-order, grid + order + 1, dtype=torch.float64) * ((high - low) / grid)
 
 
 def bspline_basis(x: Tensor, grid: Tensor, order: int) -> Tensor:
@@ -53,7 +53,7 @@ class SplineLinear(nn.Module):
         self.order = order
         self.base_weight = nn.Parameter(torch.empty(out_dim, dim))
         self.spline_weight = nn.Parameter(torch.empty(out_dim, dim, grid + order))
-        self.register_buffer("knots", uniform_knots(grid, order), persistent=False)
+        self.register_buffer("knots", uniform_knots(grid, order).float(), persistent=False)
         # The base keeps the variance of its input; the splines start at about a tenth of it.
         nn.init.normal_(self.base_weight, std=math.sqrt(STARTS["sum_abs"]["swish"].gain / dim))
         nn.init.normal_(self.spline_weight, std=0.1 / math.sqrt(dim))

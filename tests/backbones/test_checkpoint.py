@@ -45,7 +45,10 @@ def test_a_classifier_becomes_a_windowed_dense_backbone(trained, capsys):
     torch.testing.assert_close(dense.blocks[0].attn.operator.phi.a, net.blocks[0].attn.operator.phi.a[..., 1:])
     # The global block's operator is resampled, and keeps its sum over the grid.
     torch.testing.assert_close(
-        dense.blocks[2].attn.operator.phi.a.sum(-1), net.blocks[2].attn.operator.phi.a[..., 1:].sum(-1), rtol=1e-4, atol=1e-5
+        dense.blocks[2].attn.operator.phi.a.sum(-1),
+        net.blocks[2].attn.operator.phi.a[..., 1:].sum(-1),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 

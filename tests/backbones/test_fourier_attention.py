@@ -1,4 +1,4 @@
-"""Fourier-KArAt attention equals the double sum over φ it stands for in both orders, keeps masks, and checks its input."""
+"""Fourier-KArAt attention equals the double sum over φ it stands for in both orders, keeps masks, checks its input."""
 
 import itertools
 import math

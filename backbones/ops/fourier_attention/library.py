@@ -9,6 +9,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import blocked
 
@@ -52,6 +53,18 @@ def _backward(ctx, grad):
 
 
 fourier_phi_op.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.karvis.fourier_phi)
+def _(q_shape, k_shape, a_shape, *_, **__) -> int:
+    batch, heads, n, d = q_shape
+    return 2 * batch * heads * n**2 * (d + 2 * a_shape[1] * a_shape[2])  # scores, and two products per harmonic
+
+
+@register_flop_formula(torch.ops.karvis.fourier_phi_backward)
+def _(grad_shape, q_shape, k_shape, a_shape, *_, **__) -> int:
+    batch, heads, n, d = q_shape
+    return 2 * batch * heads * n**2 * (3 * d + 4 * a_shape[1] * a_shape[2])
 
 
 def _kernels(q: Tensor) -> ModuleType:
