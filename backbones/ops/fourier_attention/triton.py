@@ -75,10 +75,18 @@ def _vectors(pointer, stride, token, keep, WIDTH: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
-def _store_vectors(pointer, token, keep, value, WIDTH: tl.constexpr, D: tl.constexpr):
+def _store(at, value, mask, ADD: tl.constexpr):
+    """Store, or add to what an earlier launch left there."""
+    if ADD:
+        value += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, value.to(at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_vectors(pointer, token, keep, value, WIDTH: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr):
     lane = tl.arange(0, D)[None, :]
     at = pointer + token[:, None].to(tl.int64) * WIDTH + lane
-    tl.store(at, value.to(pointer.dtype.element_ty), mask=keep[:, None] & (lane < WIDTH))
+    _store(at, value, keep[:, None] & (lane < WIDTH), ADD)
 
 
 @triton.jit
@@ -106,10 +114,10 @@ def _functions(pointer, index, key, padded, R: tl.constexpr, TYPE: tl.constexpr)
 
 @triton.jit
 def _forward_kernel(
-    q_ptr, k_ptr, functions_ptr, mask_ptr, h_ptr, scale, heads, tokens, padded, ranks, all_ranks, tiles,
+    q_ptr, k_ptr, functions_ptr, mask_ptr, h_ptr, scale, heads, tokens, padded, harmonics, ranks, all_ranks, tiles,
     q_image, q_head, q_token, k_image, k_head, k_token,
-    G: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-    TYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    R: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, TYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Program (query tile, head, image): one tile of H."""
     place = (tl.program_id(0) // tiles).to(tl.int64)
@@ -117,7 +125,7 @@ def _forward_kernel(
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     q = _vectors(q_ptr + image * q_image + head * q_head, q_token, row, row < tokens, WIDTH, D, TYPE)
     k_ptr += image * k_image + head * k_head
-    functions_ptr += head * (2 * G * R) * padded
+    functions_ptr += head * (2 * harmonics * R) * padded
     h = tl.zeros((ROWS, R), tl.float32)
     for start in tl.range(0, tokens, COLUMNS):
         key = start + tl.arange(0, COLUMNS)
@@ -125,24 +133,25 @@ def _forward_kernel(
         k = _vectors(k_ptr, k_token, key, keep, WIDTH, D, TYPE)
         cos, sin = _scores(q, k, scale, keep[None, :], MASKED)
         c, s = cos, sin
-        for m in tl.static_range(G):
-            a = _functions(functions_ptr, 2 * m, key, padded, R, TYPE)
-            b = _functions(functions_ptr, 2 * m + 1, key, padded, R, TYPE)
-            h = _dot(c.to(TYPE), tl.trans(a), h)
-            h = _dot(s.to(TYPE), tl.trans(b), h)
-            if m + 1 < G:
+        for m in tl.static_range(FIRST + COUNT):
+            if m >= FIRST:
+                a = _functions(functions_ptr, 2 * m, key, padded, R, TYPE)
+                b = _functions(functions_ptr, 2 * m + 1, key, padded, R, TYPE)
+                h = _dot(c.to(TYPE), tl.trans(a), h)
+                h = _dot(s.to(TYPE), tl.trans(b), h)
+            if m + 1 < FIRST + COUNT:
                 c, s = _next(c, s, cos, sin)
     rank = tl.arange(0, R)[None, :]
     at = h_ptr + (place * tokens + row[:, None]) * all_ranks + rank
-    tl.store(at, h.to(h_ptr.dtype.element_ty), mask=(row[:, None] < tokens) & (rank < ranks))
+    _store(at, h, (row[:, None] < tokens) & (rank < ranks), ADD)
 
 
 @triton.jit
 def _query_kernel(
-    dh_ptr, q_ptr, k_ptr, functions_ptr, mask_ptr, dq_ptr, scale, heads, tokens, padded, ranks, tiles,
+    dh_ptr, q_ptr, k_ptr, functions_ptr, mask_ptr, dq_ptr, scale, heads, tokens, padded, harmonics, ranks, tiles,
     dh_image, dh_head, dh_token, dh_rank, q_image, q_head, q_token, k_image, k_head, k_token,
-    G: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-    TYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    R: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, TYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Program (query tile, head, image): one tile of dq."""
     place = (tl.program_id(0) // tiles).to(tl.int64)
@@ -151,7 +160,7 @@ def _query_kernel(
     q = _vectors(q_ptr + image * q_image + head * q_head, q_token, row, row < tokens, WIDTH, D, TYPE)
     dh = _gradient(dh_ptr + image * dh_image + head * dh_head, dh_token, dh_rank, row, tokens, ranks, R, TYPE)
     k_ptr += image * k_image + head * k_head
-    functions_ptr += head * (2 * G * R) * padded
+    functions_ptr += head * (2 * harmonics * R) * padded
     dq = tl.zeros((ROWS, D), tl.float32)
     for start in tl.range(0, tokens, COLUMNS):
         key = start + tl.arange(0, COLUMNS)
@@ -160,146 +169,156 @@ def _query_kernel(
         cos, sin = _scores(q, k, scale, keep[None, :], MASKED)
         c, s = cos, sin
         ds = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for m in tl.static_range(G):
-            a = _functions(functions_ptr, 2 * m, key, padded, R, TYPE)
-            b = _functions(functions_ptr, 2 * m + 1, key, padded, R, TYPE)
-            ds += (m + 1.0) * (c * _dot(dh, b))
-            ds -= (m + 1.0) * (s * _dot(dh, a))
-            if m + 1 < G:
+        for m in tl.static_range(FIRST + COUNT):
+            if m >= FIRST:
+                a = _functions(functions_ptr, 2 * m, key, padded, R, TYPE)
+                b = _functions(functions_ptr, 2 * m + 1, key, padded, R, TYPE)
+                ds += (m + 1.0) * (c * _dot(dh, b))
+                ds -= (m + 1.0) * (s * _dot(dh, a))
+            if m + 1 < FIRST + COUNT:
                 c, s = _next(c, s, cos, sin)
         dq = _dot(ds.to(TYPE), k, dq)
-    _store_vectors(dq_ptr + place * tokens * WIDTH, row, row < tokens, dq * scale, WIDTH, D)
+    _store_vectors(dq_ptr + place * tokens * WIDTH, row, row < tokens, dq * scale, WIDTH, D, ADD)
 
 
 @triton.jit
 def _key_kernel(
     dh_ptr, q_ptr, k_ptr, functions_ptr, mask_ptr, dk_ptr, sums_ptr, scale, images, images_each, heads, tokens, padded,
-    ranks, all_ranks, tiles,
+    harmonics, ranks, all_ranks, tiles,
     dh_image, dh_head, dh_token, dh_rank, q_image, q_head, q_token, k_image, k_head, k_token,
-    G: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
-    TYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FIRST: tl.constexpr, COUNT: tl.constexpr, KEYS: tl.constexpr,
+    R: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, TYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Program (key tile, head, split): partial sums of da and db over its images, for COUNT harmonics after FIRST, and,
-    where KEYS is set, a tile of dk for each image. Scores are transposed, (keys, queries)."""
+    """Program (key tile, head, split): a tile of dk for each of its images, partial sums of da and db over them.
+    Scores are transposed, (keys, queries)."""
     head = (tl.program_id(0) // tiles % heads).to(tl.int64)
     split = (tl.program_id(0) // tiles // heads).to(tl.int64)
     key = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    functions_ptr += head * (2 * G * R) * padded
-    last: tl.constexpr = G if KEYS else FIRST + COUNT
+    functions_ptr += head * (2 * harmonics * R) * padded
     sums = ()
     for _ in tl.static_range(2 * COUNT):
         sums = sums + (tl.zeros((ROWS, R), tl.float32),)
-    for image in range(split * images_each, tl.minimum((split + 1) * images_each, images)):
+    end = tl.minimum((split + 1) * images_each, images)
+    # Left to itself, the compiler computes every step's addresses before this loop and keeps them in registers.
+    for image in tl.range(split * images_each, end, num_stages=1, disable_licm=True):
         keep = _keep(mask_ptr, image, key, tokens, MASKED)
         k = _vectors(k_ptr + image * k_image + head * k_head, k_token, key, keep, WIDTH, D, TYPE)
+        q_at = q_ptr + image * q_image + head * q_head
+        dh_at = dh_ptr + image * dh_image + head * dh_head
         dk = tl.zeros((ROWS, D), tl.float32)
         for start in tl.range(0, tokens, COLUMNS):
             row = start + tl.arange(0, COLUMNS)
-            q = _vectors(q_ptr + image * q_image + head * q_head, q_token, row, row < tokens, WIDTH, D, TYPE)
-            dh = _gradient(dh_ptr + image * dh_image + head * dh_head, dh_token, dh_rank, row, tokens, ranks, R, TYPE)
+            q = _vectors(q_at, q_token, row, row < tokens, WIDTH, D, TYPE)
+            dh = _gradient(dh_at, dh_token, dh_rank, row, tokens, ranks, R, TYPE)
             cos, sin = _scores(k, q, scale, keep[:, None], MASKED)
             c, s = cos, sin
             ds = tl.zeros((ROWS, COLUMNS), tl.float32)
             new = ()
-            for m in tl.static_range(last):
-                if KEYS:
+            for m in tl.static_range(FIRST + COUNT):
+                if m >= FIRST:
+                    new = new + (_dot(c.to(TYPE), dh, sums[2 * (m - FIRST)]),)
+                    new = new + (_dot(s.to(TYPE), dh, sums[2 * (m - FIRST) + 1]),)
                     a = _functions(functions_ptr, 2 * m, key, padded, R, TYPE)
                     b = _functions(functions_ptr, 2 * m + 1, key, padded, R, TYPE)
                     ds += (m + 1.0) * (c * _dot(tl.trans(b), tl.trans(dh)))
                     ds -= (m + 1.0) * (s * _dot(tl.trans(a), tl.trans(dh)))
-                if m >= FIRST and m < FIRST + COUNT:
-                    new = new + (_dot(c.to(TYPE), dh, sums[2 * (m - FIRST)]),)
-                    new = new + (_dot(s.to(TYPE), dh, sums[2 * (m - FIRST) + 1]),)
-                if m + 1 < last:
+                if m + 1 < FIRST + COUNT:
                     c, s = _next(c, s, cos, sin)
             sums = new
-            if KEYS:
-                dk = _dot(ds.to(TYPE), q, dk)
-        if KEYS:
-            at = dk_ptr + (image * heads + head) * tokens * WIDTH
-            _store_vectors(at, key, key < tokens, dk * scale, WIDTH, D)
+            dk = _dot(ds.to(TYPE), q, dk)
+        at = dk_ptr + (image * heads + head) * tokens * WIDTH
+        _store_vectors(at, key, key < tokens, dk * scale, WIDTH, D, ADD)
     rank = tl.arange(0, R)[None, :]
     for i in tl.static_range(2 * COUNT):
-        place = ((split * 2 + i % 2) * heads + head) * G + FIRST + i // 2
+        place = ((split * 2 + i % 2) * heads + head) * harmonics + FIRST + i // 2
         at = sums_ptr + (place * all_ranks + rank) * tokens + key[:, None]
         tl.store(at, sums[i], mask=(key[:, None] < tokens) & (rank < ranks))
 
 
 def forward(q: Tensor, k: Tensor, a: Tensor, b: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
     """H (B, h, N, r) in q's type, for q, k (B, h, N, d), a, b (h, G, r, N) and key_mask (B, N) or None."""
-    h = q.new_empty(*q.shape[:3], a.shape[2])
-    if not h.numel():
-        return h
+    if not q.numel():
+        return q.new_zeros(*q.shape[:3], a.shape[2])
     plan = _Plan(q, k, a, b, key_mask)
+    held = max(1, _FUNCTIONS // plan.ranks)
+    h = q.new_empty(*q.shape[:3], a.shape[2], dtype=q.dtype if plan.harmonics <= held else torch.float32)
     with plan.device:
-        for first, ranks, functions in plan.chunks:
+        for first, count, functions, harmonics in plan.launches(held):
             _forward_kernel[(plan.tiles * plan.heads * plan.images,)](
                 plan.q, plan.k, functions, plan.mask, h[..., first:], scale, plan.heads, plan.tokens, plan.padded,
-                ranks, h.shape[3], plan.tiles, *plan.strides, **plan.constants, COLUMNS=plan.constants["ROWS"],
+                plan.harmonics, count, h.shape[3], plan.tiles, *plan.strides, **plan.constants, **harmonics,
+                COLUMNS=plan.columns, ADD=harmonics["FIRST"] > 0,
             )  # fmt: skip
-    return h
+    return h.to(q.dtype)
 
 
 def backward(
     dh: Tensor, q: Tensor, k: Tensor, a: Tensor, b: Tensor, key_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, da, db) of ``forward``."""
-    if not dh.numel():
+    if not q.numel():
         return tuple(t.new_zeros(t.shape) for t in (q, k, a, b))
     plan = _Plan(q, k, a, b, key_mask)
     images_each, splits = plan.splits()
-    heads, harmonics, all_ranks, tokens = a.shape
-    # Chunks of ranks are rounded once, after their sum.
-    dtype = q.dtype if len(plan.chunks) == 1 else torch.float32
-    dq, dk = (q.new_empty(len(plan.chunks), *q.shape, dtype=dtype) for _ in range(2))
-    sums = q.new_empty(splits, 2, heads, harmonics, all_ranks, tokens, dtype=torch.float32)
+    strides = (*dh.stride(), *plan.strides)
+
+    held = max(1, _FUNCTIONS // plan.ranks)
+    launches = list(plan.launches(held))
+    dq = q.new_empty(q.shape, dtype=q.dtype if len(launches) == 1 else torch.float32)
     with plan.device:
-        for chunk, (first, ranks, functions) in enumerate(plan.chunks):
-            inputs = (dh[..., first:], plan.q, plan.k, functions, plan.mask)
-            strides = (*dh.stride(), *plan.strides)
-            _query_kernel[(plan.tiles * heads * plan.images,)](
-                *inputs, dq[chunk], scale, heads, tokens, plan.padded, ranks, plan.tiles, *strides, **plan.constants,
-                COLUMNS=_INNER,
+        for i, (first, count, functions, harmonics) in enumerate(launches):
+            _query_kernel[(plan.tiles * plan.heads * plan.images,)](
+                dh[..., first:], plan.q, plan.k, functions, plan.mask, dq, scale, plan.heads, plan.tokens, plan.padded,
+                plan.harmonics, count, plan.tiles, *strides, **plan.constants, **harmonics, COLUMNS=plan.inner,
+                ADD=i > 0,
             )  # fmt: skip
-            for harmonic in range(0, harmonics, plan.held):
-                _key_kernel[(plan.tiles * heads * splits,)](
-                    *inputs, dk[chunk], sums[..., first:, :], scale, plan.images, images_each, heads, tokens,
-                    plan.padded, ranks, all_ranks, plan.tiles, *strides, **plan.constants, COLUMNS=_INNER,
-                    FIRST=harmonic, COUNT=min(plan.held, harmonics - harmonic), KEYS=harmonic == 0,
-                )  # fmt: skip
-    dq, dk = (t[0] if len(t) == 1 else t.sum(0).to(q.dtype) for t in (dq, dk))
-    return dq, dk, sums[:, 0].sum(0).to(a.dtype), sums[:, 1].sum(0).to(b.dtype)
+
+    held = max(1, plan.sums // plan.ranks)
+    launches = list(plan.launches(held))
+    dk = k.new_empty(k.shape, dtype=k.dtype if len(launches) == 1 else torch.float32)
+    sums = q.new_empty(splits, 2, *a.shape, dtype=torch.float32)
+    with plan.device:
+        for i, (first, count, functions, harmonics) in enumerate(launches):
+            _key_kernel[(plan.tiles * plan.heads * splits,)](
+                dh[..., first:], plan.q, plan.k, functions, plan.mask, dk, sums[..., first:, :], scale, plan.images,
+                images_each, plan.heads, plan.tokens, plan.padded, plan.harmonics, count, a.shape[2], plan.tiles,
+                *strides, **plan.constants, **harmonics, COLUMNS=plan.inner, ADD=i > 0,
+            )  # fmt: skip
+    return dq.to(q.dtype), dk.to(k.dtype), sums[:, 0].sum(0).to(a.dtype), sums[:, 1].sum(0).to(b.dtype)
 
 
-_INNER = 32  # tokens a step of the backward loops: with 64, their score-sized tiles would not fit into registers
+_ROWS = 64  # of a tile, sixteen a warp: the smallest whose scores become the next product's operand where they are
 _RANKS = 64  # functions a launch
-_SUMS = 64  # ranks times harmonics whose gradients a program of the key kernel keeps in registers
+_FUNCTIONS = 96  # ranks times harmonics a launch, for the sake of shared memory
 _PROGRAMS = 2048  # of the key kernel: several rounds of a large GPU, while the partial sums stay small
 
 
 class _Plan:
-    """Operands as the kernels read them, tile sizes and launch grid."""
+    """Operands as the kernels read them, tile sizes, launches."""
 
     def __init__(self, q: Tensor, k: Tensor, a: Tensor, b: Tensor, key_mask: Tensor | None):
         self.images, self.heads, self.tokens, width = q.shape
         self.q, self.k = (t if t.stride(3) == 1 or width == 1 else t.contiguous() for t in (q, k))
         self.strides = (*self.q.stride()[:3], *self.k.stride()[:3])
         self.mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-        # A wide tile loads less; a narrow one wastes less on the last tile, and functions cost more than loads.
-        rows = 64 if triton.cdiv(self.tokens, 64) * 64 == triton.cdiv(self.tokens, 32) * 32 else 32
-        self.tiles, self.padded = triton.cdiv(self.tokens, rows), triton.cdiv(self.tokens, 64) * 64
-        self.chunks, ranks = self._chunks(a, b)
-        self.held = _SUMS // ranks
+        self.tiles, self.padded = triton.cdiv(self.tokens, _ROWS), triton.cdiv(self.tokens, 64) * 64
+        self.harmonics = a.shape[1]
+        self.chunks, self.ranks = self._chunks(a, b)
+        lanes = max(16, triton.next_power_of_2(width))
+        # Columns of a step, and ranks times harmonics of the key kernel: what fits into registers, of which the three
+        # products of float32 take twice as many. A narrow step of the forward wastes less on the last one.
+        half = q.element_size() == 2
+        self.columns = 64 if half and -self.tokens % 64 < 32 else 32
+        self.inner = 32 if half else 16
+        self.sums = (80 if half else 48) - lanes // 2
         self.constants = {
-            "G": a.shape[1],
-            "R": ranks,
+            "R": self.ranks,
             "WIDTH": width,
-            "D": max(16, triton.next_power_of_2(width)),
+            "D": lanes,
             "MASKED": key_mask is not None,
             "TYPE": _operand(q),
-            "ROWS": rows,
-            "num_warps": rows // 16,  # sixteen rows a warp: a product's result is the next one's operand as it lies
+            "ROWS": _ROWS,
+            "num_warps": _ROWS // 16,
             "num_stages": 2,
         }
         self.device = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
@@ -317,6 +336,12 @@ class _Plan:
                 functions[:, :, side, :count, :tokens] = coefficients[:, :, first : first + count]
             chunks.append((first, count, functions))
         return chunks, ranks
+
+    def launches(self, held: int):
+        """(first rank, ranks, their functions, harmonics) of each launch, with ``held`` harmonics at most."""
+        for chunk in self.chunks:
+            for first in range(0, self.harmonics, held):
+                yield *chunk, {"FIRST": first, "COUNT": min(held, self.harmonics - first)}
 
     def splits(self) -> tuple[int, int]:
         """(images a program, programs to share them out to) for the sums over the batch."""
