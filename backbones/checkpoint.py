@@ -245,7 +245,7 @@ def _fit_pos_embed(
     if grid_prefix is None or tensor.shape[2] != current.shape[2]:
         return None
     old, old_prefix = grid_prefix
-    prefix = int(config.class_token)
+    prefix = config.prefix(0)
     if (old, old_prefix) == (config.grid_size, prefix):
         return tensor
     if old == config.grid_size:

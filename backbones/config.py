@@ -6,6 +6,7 @@ from typing import Any
 
 from .layers.bases import BASE_FUNCTIONS, BASES
 from .layers.karat import INITS, PROJECTIONS
+from .layers.pointwise import POINTWISE
 from .layers.starts import STARTS
 from .utils.errors import UserError, check_choice, check_keys
 
@@ -55,7 +56,7 @@ class AttentionConfig:
     rel_pos: bool = False
 
     def __post_init__(self):
-        check_choice("attention.kind", self.kind, ("softmax", "karat", "polynomial", "relu"))
+        check_choice("attention.kind", self.kind, ("softmax", "karat", *POINTWISE))
         check_choice("attention.basis", self.basis, BASES)
         check_choice("attention.base", self.base, BASE_FUNCTIONS)
         check_choice("attention.order", self.order, PROJECTIONS)
@@ -163,6 +164,11 @@ class BackboneConfig:
         embed_dim: C, width.
         depth: number of blocks.
         num_heads: attention heads.
+        qkv_bias: queries, keys and values have a bias.
+        gpsa_blocks: number of leading blocks with gated positional self-attention (ConViT, arXiv 2103.10697); the class
+            token joins after them.
+        stage_depths: blocks of each stage of a Swin Transformer (arXiv 2103.14030), whose width and heads double from
+            stage to stage; None = a ViT. ``depth`` is their sum and ``out_indices`` counts stages.
         num_classes: outputs of the classifier; 0 = pooled features.
         class_token: prepend a class token; without it features are averaged.
         final_norm: LayerNorm after the last block. Dense tasks set False: maps never pass it.
@@ -186,6 +192,9 @@ class BackboneConfig:
     embed_dim: int = 192
     depth: int = 12
     num_heads: int = 3
+    qkv_bias: bool = True
+    gpsa_blocks: int = 0
+    stage_depths: tuple[int, ...] | None = None
     num_classes: int = 1000
     class_token: bool = True
     final_norm: bool = True
@@ -206,9 +215,16 @@ class BackboneConfig:
         self._normalize()
         for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
             _check_positive(name, getattr(self, name))
-        for name in ("class_token", "final_norm", "mask_window_padding", "grad_checkpointing", "pos_embed_antialias"):
+        for name in (
+            "class_token",
+            "qkv_bias",
+            "final_norm",
+            "mask_window_padding",
+            "grad_checkpointing",
+            "pos_embed_antialias",
+        ):
             _check_bool(name, getattr(self, name))
-        for name in ("num_classes", "window_size"):
+        for name in ("num_classes", "window_size", "gpsa_blocks"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise UserError(f"{name} is {value!r}; it must be an integer of at least 0.")
@@ -232,8 +248,11 @@ class BackboneConfig:
                 object.__setattr__(self, name, kind(**value))
             elif not isinstance(value, kind):
                 raise UserError(f"{name} is {value!r}; it must be a dict of {kind.__name__}'s fields.")
+        if self.stage_depths is not None:
+            object.__setattr__(self, "stage_depths", _int_tuple("stage_depths", self.stage_depths))
+            object.__setattr__(self, "depth", sum(self.stage_depths))
         if self.out_indices is None:
-            object.__setattr__(self, "out_indices", (self.depth - 1,))
+            object.__setattr__(self, "out_indices", (self.num_outputs - 1,))
         for name in ("out_indices", "global_blocks"):
             object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
 
@@ -245,11 +264,34 @@ class BackboneConfig:
             for width in (self.embed_dim, self.hidden_dim):
                 if width % self.ffn.groups:
                     raise UserError(f"width {width} is not divisible by ffn.groups {self.ffn.groups}.")
+        if self.stage_depths is not None:
+            self._check_swin()
         if self.class_token and self.window_size:
             raise UserError(f"window_size {self.window_size} has no place for a class token. Set class_token=False.")
         if self.class_token and self.attention.rel_pos:
             raise UserError("attention.rel_pos is not defined for a class token. Set class_token=False.")
         self._check_karat()
+
+    def _check_swin(self) -> None:
+        if not self.stage_depths or min(self.stage_depths) < 1:
+            raise UserError(
+                f"stage_depths is {self.stage_depths}; it must be the blocks of each stage, as (2, 2, 6, 2)."
+            )
+        if not self.window_size:
+            raise UserError("window_size is 0; a Swin Transformer needs windows, of 7 for example.")
+        for name, given, allowed in (
+            ("class_token", self.class_token, False),
+            ("gpsa_blocks", self.gpsa_blocks, 0),
+            ("global_blocks", self.global_blocks, ()),
+            ("attention.rel_pos", self.attention.rel_pos, False),
+            ("attention.mode", self.attention.mode, "blockwise"),
+            ("attention.heads", self.attention.heads, None),
+        ):
+            if given != allowed:
+                raise UserError(
+                    f"{name} is {given!r}; a Swin Transformer allows {allowed!r} only: it has windows everywhere, a "
+                    "relative position bias of its own, and other heads in each stage."
+                )
 
     def _check_karat(self) -> None:
         attention = self.attention
@@ -259,7 +301,7 @@ class BackboneConfig:
                 raise UserError(f"attention.{name} has {len(value)} values; the backbone has {self.depth} blocks.")
         for block in range(self.depth):
             rows, columns = self.token_grid(block)
-            rank, tokens = attention.of_block("rank", block), rows * columns + int(self.class_token)
+            rank, tokens = attention.of_block("rank", block), rows * columns + self.prefix(block)
             if self.is_karat(block) and attention.order != "full" and rank > tokens:
                 raise UserError(
                     f"attention.rank {rank} exceeds the {tokens} tokens of a map or window in block {block}. "
@@ -273,16 +315,40 @@ class BackboneConfig:
                 raise UserError(f"attention.heads is {attention.heads}; name each head once, or None for all.")
 
     def _check_indices(self) -> None:
-        for name, indices in (
-            ("out_indices", self.out_indices),
-            ("global_blocks", self.global_blocks),
-            ("attention.blocks", self.attention.blocks or ()),
+        part = "blocks" if self.stage_depths is None else "stages"
+        for name, indices, what, count in (
+            ("out_indices", self.out_indices, part, self.num_outputs),
+            ("global_blocks", self.global_blocks, "blocks", self.depth),
+            ("attention.blocks", self.attention.blocks or (), "blocks", self.depth),
         ):
             for index in indices:
-                if not 0 <= index < self.depth:
-                    raise UserError(f"{name} holds {index}; the backbone has blocks 0 to {self.depth - 1}.")
+                if not 0 <= index < count:
+                    raise UserError(f"{name} holds {index}; the backbone has {what} 0 to {count - 1}.")
+        local = [index for index in self.attention.blocks or () if index < self.gpsa_blocks]
+        if local:
+            raise UserError(
+                f"attention.blocks holds {local[0]}; blocks 0 to {self.gpsa_blocks - 1} have ConViT's local attention."
+            )
         if not self.out_indices:
             raise UserError("out_indices is empty; give the index of at least one block, or None for the last.")
+
+    @property
+    def num_outputs(self) -> int:
+        """How many maps ``out_indices`` chooses from: blocks, or a Swin Transformer's stages."""
+        return self.depth if self.stage_depths is None else len(self.stage_depths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each map in ``out_indices``."""
+        return tuple(self.embed_dim * self._scale(index) for index in self.out_indices)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels per side of a cell of each map in ``out_indices``."""
+        return tuple(self.patch_size * self._scale(index) for index in self.out_indices)
+
+    def _scale(self, index: int) -> int:
+        return 1 if self.stage_depths is None else 2**index
 
     @property
     def hidden_dim(self) -> int:
@@ -297,9 +363,15 @@ class BackboneConfig:
     def is_windowed(self, block: int) -> bool:
         return self.window_size > 0 and block not in self.global_blocks
 
+    def prefix(self, block: int) -> int:
+        """Number of class tokens in a block: none in ConViT's local blocks, after which the class token joins."""
+        return int(self.class_token and block >= self.gpsa_blocks)
+
     def attention_kind(self, block: int) -> str:
-        """``attention.kind`` where it applies, else ``softmax``."""
+        """``gpsa`` in ConViT's local blocks, ``attention.kind`` where it applies, else ``softmax``."""
         attention = self.attention
+        if block < self.gpsa_blocks:
+            return "gpsa"
         return attention.kind if attention.blocks is None or block in attention.blocks else "softmax"
 
     def is_karat(self, block: int) -> bool:
@@ -327,7 +399,7 @@ class BackboneConfig:
             if isinstance(overrides.get(name), Mapping):
                 check_keys(name, overrides[name], [f.name for f in fields(getattr(self, name))])
                 overrides[name] = replace(getattr(self, name), **overrides[name])
-        if "depth" in overrides and "out_indices" not in overrides:
+        if {"depth", "stage_depths"} & overrides.keys() and "out_indices" not in overrides:
             overrides["out_indices"] = None
         return replace(self, **overrides)
 

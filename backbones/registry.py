@@ -9,11 +9,14 @@ import timm.models
 from .checkpoint import load_weights
 from .config import BackboneConfig
 from .models.presets import list_backbones, preset_config
+from .models.swin import SwinTransformer
 from .models.vit import VisionTransformer
 from .utils.errors import UserError
 
 
-def create_backbone(arch: str | BackboneConfig | Mapping[str, Any], **overrides: Any) -> VisionTransformer:
+def create_backbone(
+    arch: str | BackboneConfig | Mapping[str, Any], **overrides: Any
+) -> VisionTransformer | SwinTransformer:
     """Builds a backbone and loads its weights, if any are named.
 
     Args:
@@ -32,7 +35,7 @@ def create_backbone(arch: str | BackboneConfig | Mapping[str, Any], **overrides:
                 raise UserError(f"the backbone config needs the key 'arch', one of: {', '.join(list_backbones())}.")
             arch, overrides = arch["arch"], {**{k: v for k, v in arch.items() if k != "arch"}, **overrides}
         config = preset_config(arch).merged(overrides)
-    network = VisionTransformer(config)
+    network = (VisionTransformer if config.stage_depths is None else SwinTransformer)(config)
     if config.weights is not None:
         load_weights(network, config.weights, config.weights_min_match)
     return network
@@ -50,7 +53,7 @@ def register_with_timm() -> None:
 
 
 def _timm_entry(name: str):
-    def entry(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    def entry(pretrained: bool = False, **kwargs: Any) -> VisionTransformer | SwinTransformer:
         for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
             kwargs.pop(key, None)
         if pretrained:
@@ -66,7 +69,7 @@ def _timm_entry(name: str):
             "std": (0.229, 0.224, 0.225),
             "interpolation": "bicubic",
             "crop_pct": 0.9,
-            "classifier": "head",
+            "classifier": "head" if config.stage_depths is None else "head.fc",
             "first_conv": "patch_embed.proj",
         }
         return network

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .resample import Grid
-from .rows import by_rows
 
 
 class Attention(nn.Module):
@@ -14,14 +13,17 @@ class Attention(nn.Module):
     Args:
         dim: C.
         num_heads: h.
+        qkv_bias: queries, keys and values have a bias.
         drop_rate: dropout after the projection.
         attn_drop_rate: dropout of attention weights.
     """
 
-    def __init__(self, dim: int, num_heads: int, drop_rate: float = 0.0, attn_drop_rate: float = 0.0):
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool = True, drop_rate: float = 0.0, attn_drop_rate: float = 0.0
+    ):
         super().__init__()
         self.num_heads, self.attn_drop_rate = num_heads, attn_drop_rate
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(drop_rate)
 
@@ -52,8 +54,16 @@ class RelPosAttention(Attention):
         grid: native (rows, columns); other sizes interpolate the embedding linearly.
     """
 
-    def __init__(self, dim: int, num_heads: int, grid: Grid, drop_rate: float = 0.0, attn_drop_rate: float = 0.0):
-        super().__init__(dim, num_heads, drop_rate, attn_drop_rate)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool,
+        grid: Grid,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+    ):
+        super().__init__(dim, num_heads, qkv_bias, drop_rate, attn_drop_rate)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, dim // num_heads))
 
@@ -66,32 +76,6 @@ class RelPosAttention(Attention):
         if key_mask is not None:
             bias = bias.masked_fill(~key_mask[:, None, None, :], float("-inf"))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self._drop_rate())
-
-
-class PointwiseAttention(Attention):
-    """Attention without a normalization, the cheap rivals of KArAt: weights f(S)/n of the n real keys.
-
-    Args:
-        kind: ``polynomial`` for S³/√n (arXiv 2410.18613) or ``relu`` for relu(S)/n (arXiv 2309.08586).
-    """
-
-    def __init__(self, dim: int, num_heads: int, kind: str, drop_rate: float = 0.0, attn_drop_rate: float = 0.0):
-        super().__init__(dim, num_heads, drop_rate, attn_drop_rate)
-        self.kind = kind
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, prefix: int, key_mask: Tensor | None, shared) -> Tensor:
-        count = k.new_full((), k.shape[2], dtype=torch.float32)
-        if key_mask is not None:
-            k, v = (torch.where(key_mask[:, None, :, None], t, 0) for t in (k, v))
-            count = key_mask.sum(1).clamp(min=1).view(-1, 1, 1, 1).float()
-
-        def rows(part: Tensor) -> Tensor:
-            scores = (part * part.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-            weights = scores**3 / count.sqrt() if self.kind == "polynomial" else F.relu(scores) / count
-            return F.dropout(weights.to(v.dtype), self._drop_rate()) @ v
-
-        return by_rows(rows, q, 4 * k.shape[2], random=self._drop_rate() > 0)
 
 
 @torch.no_grad()
@@ -110,7 +94,8 @@ def mimetic_start(attention: Attention) -> None:
     left, right = _square_root_factors(0.4, -0.4, values)
     values.copy_(left.T)
     attention.proj.weight.copy_(right.T)
-    nn.init.zeros_(attention.qkv.bias)
+    if attention.qkv.bias is not None:
+        nn.init.zeros_(attention.qkv.bias)
     nn.init.zeros_(attention.proj.bias)
 
 

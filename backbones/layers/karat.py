@@ -96,10 +96,9 @@ class Functions(nn.Module):
             value = resample(value, axis, keep_sum)
         return value
 
-    def phi(self, q: Tensor, k: Tensor, resample: Resample, key_mask: Tensor | None) -> Tensor:
-        """H (B, h, N, outputs): H_kp = Σ_q φ_pq(S_kq), S = Q Kᵀ/√d; inputs are the keys."""
+    def phi(self, q: Tensor, k: Tensor, resample: Resample, key_mask: Tensor | None, scale: float) -> Tensor:
+        """H (B, h, N, outputs): H_kp = Σ_q φ_pq(S_kq), S = scale · Q Kᵀ; inputs are the keys."""
         own, base = self.coefficients(resample)
-        scale = q.shape[-1] ** -0.5
         h = self.basis.phi(q, k, own, key_mask, scale)
         return h if base is None else h + self.base.phi(q, k, base, key_mask, scale)
 
@@ -204,8 +203,26 @@ class KArAtOperator(nn.Module):
         """(3G+1)·N²·r·h, the multiply-accumulates of the materialising form of arXiv 2503.10632 for one image."""
         return (3 * self.harmonics + 1) * tokens**2 * self.rank * self.phi.shape[0]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, prefix: int, key_mask: Tensor | None) -> Tensor:
-        """(B, h, N, d) from queries, keys and values of that shape; N = ``prefix`` + rows·columns of ``grid``.
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Grid,
+        prefix: int,
+        key_mask: Tensor | None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Mixes the values of N = ``prefix`` + rows·columns tokens of ``grid``.
+
+        Args:
+            q, k: (B, h, N, d).
+            v: (B, h, N, d').
+            key_mask: (B, N) bool, True = real token. It acts after Φ: a masked key adds nothing and gets no weight.
+            scale: factor of the scores; None = 1/√d.
+
+        Returns:
+            (B, h, N, d').
 
         Raises:
             ValueError: when N is another number.
@@ -224,18 +241,20 @@ class KArAtOperator(nn.Module):
 
         # Scores and functions in float32, whatever autocast says; products with values in the values' type.
         with torch.autocast(q.device.type, enabled=False):
-            return self._mix(q, k, v, resample, key_mask)
+            return self._mix(q, k, v, resample, key_mask, q.shape[-1] ** -0.5 if scale is None else scale)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, resample: Resample, key_mask: Tensor | None) -> Tensor:
+    def _mix(
+        self, q: Tensor, k: Tensor, v: Tensor, resample: Resample, key_mask: Tensor | None, scale: float
+    ) -> Tensor:
         if key_mask is not None:
             k, v = (torch.where(key_mask[:, None, :, None], t, 0) for t in (k, v))
         if self.order == "full":
-            return self._project(self._drop(self.phi.phi(q, k, resample, key_mask)), key_mask, v.dtype) @ v
+            return self._project(self._drop(self.phi.phi(q, k, resample, key_mask, scale)), key_mask, v.dtype) @ v
         if self.order == "phi_w":
             w = resample(self.w, -1, True).to(q.dtype)
-            z = self._drop((q * q.shape[-1] ** -0.5) @ (w @ k).transpose(-2, -1))
+            z = self._drop((q * scale) @ (w @ k).transpose(-2, -1))
             return self._functions_of(z, v, self.phi, resample, key_mask)
-        h = self.phi.phi(q, k, resample, key_mask)
+        h = self.phi.phi(q, k, resample, key_mask, scale)
         if self.order == "phi_phi":
             return self._functions_of(self._drop(h), v, self.phi2, resample, key_mask)
         w = resample(self.w, -2, True).to(v.dtype)
@@ -261,11 +280,11 @@ class KArAtOperator(nn.Module):
         return weights.to(dtype)
 
 
-class KArAttention(Attention):
-    """Attention whose scores pass a KArAtOperator of its own, or one shared by all blocks.
+class OperatorAttention(Attention):
+    """Attention whose scores pass an operator of its own, or one shared by all blocks, instead of the softmax.
 
     Args:
-        operator: the block's own operator; None when ``forward`` is given a shared one.
+        operator: a KArAtOperator or PointwiseOperator; None when ``forward`` is given a shared one.
         heads: indices of the heads that the operator serves, the others use softmax; None = all.
     """
 
@@ -273,12 +292,13 @@ class KArAttention(Attention):
         self,
         dim: int,
         num_heads: int,
-        operator: KArAtOperator | None,
+        qkv_bias: bool,
+        operator: nn.Module | None,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         heads: tuple[int, ...] | None = None,
     ):
-        super().__init__(dim, num_heads, drop_rate, attn_drop_rate)
+        super().__init__(dim, num_heads, qkv_bias, drop_rate, attn_drop_rate)
         self.operator = operator
         self.heads = heads
         if heads is not None:

@@ -1,51 +1,69 @@
 """Named backbones: rows of numbers over BackboneConfig, and their registration with timm."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from ..config import BackboneConfig
 from ..utils.errors import UserError, suggest
 
-# size: patch, image, width, depth, heads, KArAt's G
+# trunk: size: rows of numbers over BackboneConfig
 SIZES = {
-    "nano": (8, 64, 96, 6, 3, 3),
-    "tiny": (16, 224, 192, 12, 3, 3),
-    "small": (16, 224, 384, 12, 6, 3),
-    "base": (16, 224, 768, 12, 12, 1),
+    "vit": {
+        "nano": {"patch_size": 8, "img_size": 64, "embed_dim": 96, "depth": 6, "num_heads": 3},
+        "tiny": {"patch_size": 16, "img_size": 224, "embed_dim": 192, "depth": 12, "num_heads": 3},
+        "small": {"patch_size": 16, "img_size": 224, "embed_dim": 384, "depth": 12, "num_heads": 6},
+        "base": {"patch_size": 16, "img_size": 224, "embed_dim": 768, "depth": 12, "num_heads": 12},
+    },
+    "convit": {
+        "nano": {"patch_size": 8, "img_size": 64, "embed_dim": 96, "depth": 6, "num_heads": 4, "gpsa_blocks": 4},
+        "tiny": {"patch_size": 16, "img_size": 224, "embed_dim": 192, "depth": 12, "num_heads": 4, "gpsa_blocks": 10},
+    },
+    "swin": {
+        "nano": {"patch_size": 2, "img_size": 64, "embed_dim": 24, "num_heads": 2, "window_size": 4}
+        | {"stage_depths": (2, 2, 2, 2)},
+        "tiny": {"patch_size": 4, "img_size": 224, "embed_dim": 96, "num_heads": 3, "window_size": 7}
+        | {"stage_depths": (2, 2, 6, 2)},
+    },
 }
-# family: attention, feed-forward
+_TRUNKS = {"vit": {}, "convit": {"qkv_bias": False}, "swin": {"class_token": False}}
+# family: trunk, attention, feed-forward
 FAMILIES = {
-    "vit": ("softmax", "mlp"),
-    "karat": ("karat", "mlp"),
-    "kat": ("softmax", "grkan"),
-    "karkat": ("karat", "grkan"),
-    "vitkan": ("softmax", "kan"),
+    "vit": ("vit", "softmax", "mlp"),
+    "karat": ("vit", "karat", "mlp"),
+    "kat": ("vit", "softmax", "grkan"),
+    "karkat": ("vit", "karat", "grkan"),
+    "vitkan": ("vit", "softmax", "kan"),
+    "convit": ("convit", "softmax", "mlp"),
+    "karat_convit": ("convit", "karat", "mlp"),
+    "swin": ("swin", "softmax", "mlp"),
+    "karat_swin": ("swin", "karat", "mlp"),
 }
 
 
 def preset_name(family: str, size: str) -> str:
     """The preset of a family at a size: ``preset_name("karat", "nano")`` is ``karat_nano_patch8_64``."""
-    for what, value, table in (("family", family, FAMILIES), ("size", size, SIZES)):
-        if value not in table:
-            raise UserError(f"unknown {what} {value!r}; allowed: {', '.join(table)}.{suggest(value, table)}")
-    patch, image = SIZES[size][:2]
-    return f"{family}_{size}_patch{patch}_{image}"
+    _check("family", family, FAMILIES)
+    sizes = SIZES[FAMILIES[family][0]]
+    _check(f"size of {family}", size, sizes)
+    row = sizes[size]
+    window = f"_window{row['window_size']}" if "window_size" in row else ""
+    return f"{family}_{size}_patch{row['patch_size']}{window}_{row['img_size']}"
+
+
+def _check(what: str, value: str, table: Iterable[str]) -> None:
+    if value not in table:
+        raise UserError(f"unknown {what} {value!r}; allowed: {', '.join(table)}.{suggest(value, table)}")
 
 
 def _row(family: str, size: str) -> dict[str, Any]:
-    patch, image, width, depth, heads, harmonics = SIZES[size]
-    attention, ffn = FAMILIES[family]
-    return {
-        "patch_size": patch,
-        "img_size": image,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads,
-        "attention": {"kind": attention, "grid": harmonics},
-        "ffn": {"kind": ffn},
-    }
+    trunk, attention, ffn = FAMILIES[family]
+    harmonics = 1 if (trunk, size) == ("vit", "base") else 3  # the paper's best
+    choices = {"attention": {"kind": attention, "grid": harmonics}, "ffn": {"kind": ffn}}
+    return SIZES[trunk][size] | _TRUNKS[trunk] | choices
 
 
-PRESETS = {preset_name(family, size): _row(family, size) for family in FAMILIES for size in SIZES}
+_NAMES = {preset_name(family, size): (family, size) for family in FAMILIES for size in SIZES[FAMILIES[family][0]]}
+PRESETS = {name: _row(*pair) for name, pair in _NAMES.items()}
 
 
 def list_backbones() -> list[str]:
@@ -63,4 +81,4 @@ def preset_config(arch: str) -> BackboneConfig:
 def resize_arch(arch: str, size: str) -> str:
     """The preset of the same family at another size."""
     preset_config(arch)
-    return preset_name(arch.split("_", maxsplit=1)[0], size)
+    return preset_name(_NAMES[arch][0], size)

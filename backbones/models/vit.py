@@ -5,21 +5,24 @@ block numbering follow Detectron2's ViT (arXiv 2203.16527).
 """
 
 import re
+from collections import deque
+from collections.abc import Iterator
 from functools import partial
 
 import torch
-from timm.layers import DropPath, Mlp, resample_abs_pos_embed
+from timm.layers import DropPath, resample_abs_pos_embed
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import BackboneConfig, check_patch_multiple
-from ..layers.attention import Attention, PointwiseAttention, RelPosAttention, mimetic_start
-from ..layers.gr_kan import GRKAN, GroupRational
-from ..layers.karat import KArAtOperator, KArAttention
+from ..layers.attention import Attention, mimetic_start
+from ..layers.gpsa import GatedAttention
+from ..layers.gr_kan import GRKAN
+from ..layers.karat import KArAtOperator
 from ..layers.resample import Grid
-from ..layers.spline_kan import SplineKAN
 from ..layers.windows import window_partition, window_unpartition
+from . import parts
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -34,9 +37,9 @@ class Block(nn.Module):
         self.window_size = config.window_size if config.is_windowed(index) else 0
         self.mask_padding = config.mask_window_padding
         self.norm1 = LayerNorm(dim)
-        self.attn = _attention(config, index)
+        self.attn = parts.make_attention(config, index)
         self.norm2 = LayerNorm(dim)
-        self.mlp = _feed_forward(config)
+        self.mlp = parts.make_feed_forward(config, dim)
         self.drop_path = DropPath(rate) if rate else nn.Identity()
 
     def forward(self, x: Tensor, grid: Grid, prefix: int, shared: KArAtOperator | None = None) -> Tensor:
@@ -62,6 +65,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.embed_dim = self.num_features = config.embed_dim
         self.depth, self.patch_size, self.out_indices = config.depth, config.patch_size, config.out_indices
+        self.widths, self.strides = config.widths, config.strides
         self.num_classes = config.num_classes
         self.num_prefix_tokens = int(config.class_token)
         self.grad_checkpointing = config.grad_checkpointing
@@ -76,9 +80,9 @@ class VisionTransformer(nn.Module):
             strict_img_size=False,
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim)) if config.class_token else None
-        self.pos_embed = nn.Parameter(torch.empty(1, self.num_prefix_tokens + rows * columns, self.embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, config.prefix(0) + rows * columns, self.embed_dim))
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
-        self.operator = _shared_operator(config)
+        self.operator = parts.make_shared_operator(config)
         self.norm = LayerNorm(self.embed_dim) if config.final_norm else nn.Identity()
         self.head = nn.Linear(self.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
         self._init_weights()
@@ -88,13 +92,11 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6)
-        own = {layer for module in self.modules() if isinstance(module, GRKAN) for layer in module.modules()}
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module not in own:
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        if self.config.attention.weight_init == "mimetic":
-            for block in self.blocks:
+        parts.start_linear(self)
+        for block in self.blocks:
+            if isinstance(block.attn, GatedAttention):
+                block.attn.local_init()
+            elif self.config.attention.weight_init == "mimetic" and isinstance(block.attn, Attention):
                 mimetic_start(block.attn)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,9 +105,7 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to normalized tokens (B, N, C), the class token first when there is one."""
-        tokens, grid = self._embed(x)
-        for block in self.blocks:
-            tokens = self._run(block, tokens, grid)
+        _, tokens, _ = deque(self._walk(x), maxlen=1).pop()
         return self.norm(tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -119,20 +119,35 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: when H or W is not a multiple of the patch size.
         """
-        tokens, grid = self._embed(x)
         maps = {}
-        for index, block in enumerate(self.blocks[: max(self.out_indices) + 1]):
-            tokens = self._run(block, tokens, grid)
+        for index, tokens, grid in self._walk(x):
             if index in self.out_indices:
-                maps[index] = tokens[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid).contiguous()
+                patches = tokens[:, self.config.prefix(index) :]
+                maps[index] = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+            if index == max(self.out_indices):
+                break
         return [maps[index] for index in self.out_indices]
+
+    def _walk(self, x: Tensor) -> Iterator[tuple[int, Tensor, Grid]]:
+        """(index, tokens after that block, grid of the patches) for each block."""
+        tokens, grid = self._embed(x)
+        for index, block in enumerate(self.blocks):
+            prefix = self.config.prefix(index)
+            if tokens.shape[1] < prefix + grid[0] * grid[1]:  # ConViT's class token joins after the local blocks
+                tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, grid, prefix, self.operator, use_reentrant=False)
+            else:
+                tokens = block(tokens, grid, prefix, self.operator)
+            yield index, tokens, grid
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Grid]:
         height, width = x.shape[-2:]
         check_patch_multiple((height, width), self.patch_size, "input")
         grid = (height // self.patch_size, width // self.patch_size)
         tokens = self.patch_embed(x)
-        if self.cls_token is not None:
+        prefix = self.config.prefix(0)
+        if prefix:
             tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], 1)
         pos_embed = self.pos_embed
         if grid != self.config.grid_size:
@@ -140,19 +155,14 @@ class VisionTransformer(nn.Module):
                 pos_embed,
                 list(grid),
                 list(self.config.grid_size),
-                self.num_prefix_tokens,
+                prefix,
                 antialias=self.config.pos_embed_antialias,
             )
         return tokens + pos_embed, grid
 
-    def _run(self, block: Block, tokens: Tensor, grid: Grid) -> Tensor:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, tokens, grid, self.num_prefix_tokens, self.operator, use_reentrant=False)
-        return block(tokens, grid, self.num_prefix_tokens, self.operator)
-
     def operators(self) -> dict[str, KArAtOperator]:
         """KArAt's operators by their name in the state dict."""
-        return {name: m for name, m in self.named_modules() if isinstance(m, KArAtOperator)}
+        return parts.operators(self)
 
     def layer_id(self, name: str) -> int:
         """Depth of a parameter for layer-wise learning rates: 0 for the embedding, depth + 1 for what follows."""
@@ -166,12 +176,7 @@ class VisionTransformer(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that no optimizer should decay: embeddings and rational coefficients."""
         names = {name for name in ("pos_embed", "cls_token") if getattr(self, name) is not None}
-        for prefix, module in self.named_modules():
-            if isinstance(module, GroupRational):
-                names |= {f"{prefix}.weight_numerator", f"{prefix}.weight_denominator"}
-            if isinstance(module, RelPosAttention):
-                names |= {f"{prefix}.rel_pos_h", f"{prefix}.rel_pos_w"}
-        return names
+        return names | set(parts.undecayed(self))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass."""
@@ -191,59 +196,3 @@ class VisionTransformer(nn.Module):
         """Replaces the classifier by a new one; 0 = none."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-
-
-def _operator(config: BackboneConfig, block: int) -> KArAtOperator:
-    attention = config.attention
-    return KArAtOperator(
-        config.num_heads if attention.heads is None else len(attention.heads),
-        config.token_grid(block),
-        int(config.class_token),
-        attention.basis,
-        attention.of_block("grid", block),
-        attention.of_block("rank", block),
-        attention.order,
-        attention.base,
-        attention.scales,
-        attention.projection,
-        attention.drop_rate,
-        attention.spline_order,
-        attention.init,
-    )
-
-
-def _shared_operator(config: BackboneConfig) -> KArAtOperator | None:
-    """Universal KArAt's one set of operators, at the grid of the first block that uses it."""
-    users = [i for i in range(config.depth) if config.is_karat(i)]
-    return _operator(config, users[0]) if config.attention.mode == "universal" and users else None
-
-
-def _attention(config: BackboneConfig, index: int) -> Attention:
-    attention, kind = config.attention, config.attention_kind(index)
-    sizes, rates = (config.embed_dim, config.num_heads), (config.drop_rate, attention.drop_rate)
-    if kind == "karat":
-        operator = None if attention.mode == "universal" else _operator(config, index)
-        return KArAttention(*sizes, operator, *rates, attention.heads)
-    if kind != "softmax":
-        return PointwiseAttention(*sizes, kind, *rates)
-    if attention.rel_pos:
-        return RelPosAttention(*sizes, config.token_grid(index), *rates)
-    return Attention(*sizes, *rates)
-
-
-def _feed_forward(config: BackboneConfig) -> nn.Module:
-    ffn = config.ffn
-    if ffn.kind == "mlp":
-        return Mlp(config.embed_dim, config.hidden_dim, drop=config.drop_rate)
-    if ffn.kind == "kan":
-        return SplineKAN(config.embed_dim, config.hidden_dim, ffn.grid, ffn.order, config.drop_rate)
-    return GRKAN(
-        config.embed_dim,
-        config.hidden_dim,
-        ffn.groups,
-        ffn.degrees,
-        ffn.init,
-        ffn.weight_init,
-        ffn.denominator,
-        config.drop_rate,
-    )

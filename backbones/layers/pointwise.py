@@ -1,0 +1,49 @@
+"""Attention without a normalization, the cheap rivals of KArAt: weights are a fixed function of single scores."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .resample import Grid
+from .rows import by_rows
+
+POINTWISE = ("polynomial", "relu")
+
+
+class PointwiseOperator(nn.Module):
+    """O = f(S) V: ``polynomial`` S³/√n (arXiv 2410.18613) or ``relu`` relu(S)/n (arXiv 2309.08586) of n real keys.
+
+    Args:
+        kind: one of POINTWISE.
+        drop_rate: dropout of the weights.
+    """
+
+    def __init__(self, kind: str, drop_rate: float = 0.0):
+        super().__init__()
+        self.kind, self.drop_rate = kind, drop_rate
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        grid: Grid,
+        prefix: int,
+        key_mask: Tensor | None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """(B, h, N, d), in memory that does not grow with N²; arguments as in ``KArAtOperator.forward``."""
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        count = torch.tensor(float(k.shape[2]), device=k.device)
+        if key_mask is not None:
+            k, v = (torch.where(key_mask[:, None, :, None], t, 0) for t in (k, v))
+            count = key_mask.sum(1).clamp(min=1).view(-1, 1, 1, 1).float()
+        drop_rate = self.drop_rate if self.training else 0.0
+
+        def rows(part: Tensor) -> Tensor:
+            scores = (part * scale) @ k.transpose(-2, -1)
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+            weights = scores**3 / count.sqrt() if self.kind == "polynomial" else F.relu(scores) / count
+            return F.dropout(weights.to(v.dtype), drop_rate) @ v
+
+        return by_rows(rows, q, 4 * k.shape[2], random=drop_rate > 0)
