@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything a machine with a GPU should be asked, in one go: versions, kernel tests, benchmarks, short trainings.
 #
-#   tools/gpu_check.sh [STAGE ...]      stages: info tests rational model train (default: all)
+#   tools/gpu_check.sh [STAGE ...]      stages: info tests rational attention model train (default: all)
 #
 # PYTHON (python3)   any Python with torch and timm; tests need pytest, train what tools/make_sample_data.py imports
 # OUT (./gpu_check)  logs and JSON of every stage
@@ -15,7 +15,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-$PWD/gpu_check}
 LIMIT=${LIMIT:-480}
 DEVICE=${DEVICE:-cuda}
-STAGES=(info tests rational model train)
+STAGES=(info tests rational attention model train)
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=$(command -v "$PYTHON") || { echo "error: no Python '${PYTHON}'. Name one: PYTHON=/path/to/python $0" >&2; exit 2; }
@@ -33,12 +33,14 @@ unset TRITON_INTERPRET # the kernels are to be compiled
 
 if [ "$DEVICE" = cpu ]; then
   rational_options=(--shapes smoke,2x197x192 --rounds 5)
+  attention_options=(--shapes 2x3x49x32 --grids 1 --rounds 2)
   model_options=(--archs vit_nano_patch8_64,kat_nano_patch8_64,karat_nano_patch8_64 --batch 2 --rounds 1 --dtype bf16)
   trained=(kat_nano_patch8_64 karat_nano_patch8_64)
   sample_options=(--scenes-train 4 --scenes-val 2 --objects-train 8 --objects-val 4)
   train_options=(train.epochs=1 train.warmup_epochs=0 train.batch_size=16)
 else
   rational_options=()
+  attention_options=(--dtype bf16)
   model_options=(--dtype bf16)
   trained=(kat_tiny_patch16_224 karat_tiny_patch16_224)
   sample_options=(--scenes-train 4 --scenes-val 2)
@@ -80,6 +82,11 @@ stage_tests() {
 stage_rational() {
   limited "$PYTHON" tools/benchmark.py rational --device "$DEVICE" ${rational_options[@]+"${rational_options[@]}"} \
     --json "$OUT/rational.json" --markdown "$OUT/rational.md"
+}
+
+stage_attention() {
+  limited "$PYTHON" tools/benchmark.py attention --device "$DEVICE" "${attention_options[@]}" \
+    --json "$OUT/attention.json" --markdown "$OUT/attention.md"
 }
 
 stage_model() {

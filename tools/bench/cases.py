@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +35,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contestant:
-    """``build(problem)`` returns the function to time, called with the inputs by name, or raises NotRunError."""
+    """``build(problem)`` returns the function to time, called with the inputs by name, or raises NotRunError.
+
+    A contestant that is not ``gated`` computes another function, for comparison of its cost alone.
+    """
 
     name: str
-    build: Callable[[Problem], Callable[..., Tensor]]
+    build: Callable[[Any], Callable[..., Tensor]]
+    gated: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,20 +50,21 @@ class Case:
     """An operator.
 
     Args:
-        inputs: makes the tensors by name, all differentiated, from a problem and a generator on its device.
+        inputs: makes the tensors by name, all differentiated, from a problem (with ``shape``, ``dtype`` and ``device``)
+            and a generator on its device.
         batched: names of inputs whose first dimension is the batch; the first has as many elements as the output.
         reference: ``reference(problem)`` returns the truth, differentiable in float64.
         yardstick: what the operator replaces; times are given as multiples of its forward and backward.
-        passes: least number of passes over x's bytes in (forward, backward).
+        passes: least number of passes over x's bytes in (forward, backward); None where traffic is not the limit.
     """
 
     name: str
-    inputs: Callable[[Problem, torch.Generator], dict[str, Tensor]]
+    inputs: Callable[[Any, torch.Generator], dict[str, Tensor]]
     batched: tuple[str, ...]
-    reference: Callable[[Problem], Callable[..., Tensor]]
+    reference: Callable[[Any], Callable[..., Tensor]]
     yardstick: Contestant
     contestants: tuple[Contestant, ...]
-    passes: tuple[int, int] = (2, 3)
+    passes: tuple[int, int] | None = (2, 3)
 
 
 def compiled(reference: Callable[[Problem], Callable[..., Tensor]]) -> Contestant:

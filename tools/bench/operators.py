@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import Case, Contestant, NotRunError, Problem
+from .cases import Case, Contestant, NotRunError
 from .gate import Gate
 from .options import show_shape
 from .timing import Stage, interleaved, peak_mib, summary
@@ -14,7 +14,7 @@ from .timing import Stage, interleaved, peak_mib, summary
 COPY = "copy"
 
 
-def run_case(case: Case, problem: Problem, dtype: str, chosen: list[str] | None, rounds: int, seed: int) -> list[dict]:
+def run_case(case: Case, problem: Any, dtype: str, chosen: list[str] | None, rounds: int, seed: int) -> list[dict]:
     """One row per contestant; a row without times has ``problem``, the reason.
 
     Args:
@@ -47,8 +47,8 @@ def run_case(case: Case, problem: Problem, dtype: str, chosen: list[str] | None,
             "step_ms": step["ms"],
             "step_spread": step["spread"],
             "ratio": step["ms"] / yardstick,
-            "forward_share": case.passes[0] / 2 * copied / forward["ms"],
-            "backward_share": case.passes[1] / 2 * copied / backward["ms"],
+            "forward_share": case.passes and case.passes[0] / 2 * copied / forward["ms"],
+            "backward_share": case.passes and case.passes[1] / 2 * copied / backward["ms"],
             "copy_gb_per_s": 2 * size / copied / 1e6,
             "peak_mib": peak_mib(lambda r=row: _step(calls[r["contestant"]], inputs, grad), problem.device),
         }
@@ -56,7 +56,7 @@ def run_case(case: Case, problem: Problem, dtype: str, chosen: list[str] | None,
 
 
 def _gated(
-    case: Case, problem: Problem, contestants: list[Contestant], inputs: dict[str, Tensor], grad: Tensor
+    case: Case, problem: Any, contestants: list[Contestant], inputs: dict[str, Tensor], grad: Tensor
 ) -> tuple[list[dict[str, Any]], dict[str, Callable[..., Tensor]]]:
     """A row per contestant with its errors, and the functions of those that may be timed."""
     gate = Gate(case.reference(problem), inputs, case.batched, grad)
@@ -66,7 +66,7 @@ def _gated(
         rows.append(row)
         try:
             call = contestant.build(problem)
-            if contestant is case.yardstick:
+            if contestant is case.yardstick or not contestant.gated:
                 _step(call, inputs, grad)
             else:
                 row["errors"], row["problem"] = gate.check(call)

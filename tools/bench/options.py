@@ -24,6 +24,17 @@ SHAPES = {
     "smoke": [(2, 5, 16)],
 }
 DEFAULT_SHAPES = {"cpu": "cpu", "cuda": "paper,tiny,small,base"}
+HEADS = {"tiny": 3, "small": 6, "base": 12}
+ATTENTION_SHAPES = {
+    **{size: [(128, heads, TOKENS, 64)] for size, heads in HEADS.items()},
+    "swin": [(128 * 64, 3, 49, 32)],  # all windows of the first stage of 128 images
+    "vitdet": [(4 * 25, 12, 196, 64)],  # all windows of 4 images of 1024 pixels
+    "long": [(16, 12, 785, 64), (1, 12, 4096, 64)],  # 448 and 1024 pixels, globally
+    "linear": [(1, 12, n, 64) for n in (1024, 2048, 4096, 8192, 16384)],
+    "cpu": [(16, 3, 197, 64), (64, 3, 49, 32), (4, 12, 196, 64), (1, 12, 785, 64)],
+    "smoke": [(2, 2, 5, 16)],
+}
+DEFAULT_ATTENTION_SHAPES = {"cpu": "cpu", "cuda": "tiny,small,base,swin,vitdet,long"}
 
 
 def parse_device(text: str | None) -> torch.device:
@@ -47,28 +58,39 @@ def parse_dtypes(text: str, allowed: tuple[str, ...] = tuple(DTYPES)) -> list[st
     return names
 
 
-def parse_shapes(text: str, groups: int) -> list[tuple[int, int, int]]:
-    """Names of SHAPES and shapes written BxNxC, separated by commas; the width C is divisible by ``groups``."""
-    shapes: list[tuple[int, int, int]] = []
+def parse_shapes(text: str, named: dict[str, list[tuple[int, ...]]], letters: str) -> list[tuple[int, ...]]:
+    """Names in ``named`` and shapes of one number per letter, such as 8x197x768 for BNC, separated by commas."""
+    shapes: list[tuple[int, ...]] = []
     for word in parse_list("--shapes", text):
-        if word in SHAPES:
-            found = SHAPES[word]
-        elif re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", word):
-            batch, tokens, width = map(int, word.split("x"))
-            found = [(batch, tokens, width)]
+        if word in named:
+            found = named[word]
+        elif re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", word) and word.count("x") == len(letters) - 1:
+            found = [tuple(map(int, word.split("x")))]
         else:
-            names = ", ".join(SHAPES)
             raise UserError(
-                f"--shapes has {word!r}; allowed: BxNxC such as 8x197x768, or {names}.{suggest(word, SHAPES)}"
+                f"--shapes has {word!r}; allowed: {'x'.join(letters)} such as {show_shape(named['cpu'][0])}, or "
+                f"{', '.join(named)}.{suggest(word, named)}"
             )
         shapes += [shape for shape in found if shape not in shapes]
+    return shapes
+
+
+def parse_numbers(flag: str, text: str) -> list[int]:
+    """Positive integers separated by commas."""
+    words = parse_list(flag, text)
+    if not all(re.fullmatch(r"[1-9]\d*", word) for word in words):
+        raise UserError(f"{flag} is {text!r}; it must be positive integers separated by commas, such as 1,3.")
+    return [int(word) for word in words]
+
+
+def check_widths(shapes: list[tuple[int, ...]], groups: int) -> None:
+    """Raises UserError unless every last dimension is divisible by ``groups``."""
     for shape in shapes:
         if shape[-1] % groups:
             raise UserError(
                 f"--shapes has {show_shape(shape)}, whose width {shape[-1]} is not divisible by --groups {groups}. "
                 "Change one of them."
             )
-    return shapes
 
 
 def parse_degrees(text: str) -> tuple[int, int]:

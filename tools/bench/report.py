@@ -36,6 +36,17 @@ OPERATOR_COLUMNS = [
     ("spread", "step_spread", number(0, 100, " %")),
     ("peak MiB", "peak_mib", number(0)),
 ]
+ATTENTION_COLUMNS = [
+    ("attention", "case", str),
+    ("BxHxNxD", "shape", str),
+    ("type", "dtype", str),
+    ("contestant", "contestant", str),
+    ("forward ms", "forward_ms", number(2)),
+    ("backward ms", "backward_ms", number(2)),
+    ("time / SDPA", "ratio", number(2)),
+    ("spread", "step_spread", number(0, 100, " %")),
+    ("peak MiB", "peak_mib", number(0)),
+]
 MODEL_COLUMNS = [
     ("backbone", "arch", str),
     ("batch", "batch", str),

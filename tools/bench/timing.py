@@ -5,8 +5,11 @@ backward stage therefore time the same graph, built anew in each round: no diffe
 for several backward passes. On a GPU, events take the times and the L2 cache is overwritten before every stage.
 """
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -39,16 +42,36 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def peak_mib(run: Callable[[], Any], device: torch.device) -> float | None:
-    """Calls ``run()``; MiB it allocated on the GPU beyond what was allocated before, None on a CPU (not counted)."""
+    """Calls ``run()``; MiB that it took at most beyond what was in use before.
+
+    On a GPU, what PyTorch allocated; on Linux, what the process had in memory; None elsewhere.
+    """
     if device.type != "cuda":
-        run()
-        return None
+        return _process_peak_mib(run)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _process_peak_mib(run: Callable[[], Any]) -> float | None:
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed would be taken again without a trace
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status_kib("VmRSS")
+    except (OSError, AttributeError):
+        run()
+        return None
+    run()
+    return (_status_kib("VmHWM") - before) / 2**10
+
+
+def _status_kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
 def _run(stages: Sequence[Stage], flush: Tensor | None) -> list[float]:
