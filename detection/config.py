@@ -14,7 +14,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from backbones.config import AttentionConfig, BackboneConfig, FfnConfig
-from backbones.models.presets import resize_arch
+from backbones.models.presets import SIZES, preset_config, resize_arch
 from backbones.utils.errors import UserError, check_choice, check_keys, suggest
 
 from .backbone import backbone_config, pyramid_strides
@@ -55,7 +55,8 @@ def get_config() -> CfgNode:
         del cfg[section][key]
 
     cfg.MODEL.VIT = _backbone_keys(BackboneConfig)
-    cfg.MODEL.SFP = CfgNode({"OUT_CHANNELS": 256, "SCALE_FACTORS": [4.0, 2.0, 1.0, 0.5], "NORM": "LN"})
+    cfg.MODEL.SFP = CfgNode({"OUT_CHANNELS": 256, "NORM": "LN"})
+    cfg.MODEL.SFP.SCALE_FACTORS = None  # levels made of a ViT's one map: [4.0, 2.0, 1.0, 0.5]; a Swin has its own
     cfg.MODEL.SFP.SQUARE_PAD = None  # side that images are padded to: IMAGE_SIZE; 0 = only to whole patches
     cfg.MODEL.DEVICE = None  # the GPU if there is one
     cfg.MODEL.MASK_ON = True
@@ -100,17 +101,24 @@ def get_config() -> CfgNode:
 def load_config(path: str | Path | None, size: str | None = None, overrides: Sequence[str] = ()) -> CfgNode:
     """Reads a YAML file (with its ``_BASE_``), an overlay of ``detection/sizes/`` and KEY VALUE pairs, in this order.
 
+    The overlay of a Swin Transformer is ``SIZE_swin.yaml`` where there is one.
+
     Raises:
-        UserError: for a missing file, an unknown key (naming the nearest valid one), or a value of the wrong type.
+        UserError: for a missing file, a size that the family lacks, an unknown key (naming the nearest valid one), or a
+            value of the wrong type.
     """
     cfg = get_config()
     if path is not None:
         merge(cfg, _read_yaml(Path(path)), f"{path}")
     if size is not None:
-        check_choice("--size", size, sorted(p.stem for p in SIZES_FOLDER.glob("*.yaml")))
-        merge(cfg, _read_yaml(SIZES_FOLDER / f"{size}.yaml"), f"size {size}")
+        check_choice("--size", size, SIZES["vit"])
+        overlay = SIZES_FOLDER / f"{size}.yaml"
         if cfg.MODEL.VIT.arch is not None:
             cfg.MODEL.VIT.arch = resize_arch(cfg.MODEL.VIT.arch, size)
+            own = overlay.with_stem(f"{size}_swin")
+            if preset_config(cfg.MODEL.VIT.arch).stage_depths is not None and own.is_file():
+                overlay = own
+        merge(cfg, _read_yaml(overlay), f"size {size}")
     if len(overrides) % 2:
         raise UserError(f"settings come as KEY VALUE pairs; {overrides[-1]!r} has no value.")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
@@ -123,7 +131,7 @@ def load_config(path: str | Path | None, size: str | None = None, overrides: Seq
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        known = [p.name for p in Path(__file__).parent.glob("vitdet_*.yaml")]
+        known = [p.name for p in Path(__file__).parent.glob("[a-z]*.yaml")]
         raise UserError(f"config {path} does not exist.{suggest(path.name, known)} Check the path.")
     try:
         values = CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)
@@ -180,14 +188,16 @@ def resolve(cfg: CfgNode) -> CfgNode:
     """Fills in the values that are None because they follow from others, and checks those that must fit together."""
     _check_ranges(cfg)
     size, sfp = cfg.INPUT.IMAGE_SIZE, cfg.MODEL.SFP
-    patch = backbone_config(cfg).patch_size
-    levels = pyramid_strides(patch, sfp.SCALE_FACTORS)
-    names, strides = list(levels), list(levels.values())
+    backbone = backbone_config(cfg)
 
     def default(node: CfgNode, key: str, value: Any) -> None:
         if node[key] is None:
             node[key] = value
 
+    if backbone.stage_depths is None:
+        default(sfp, "SCALE_FACTORS", [4.0, 2.0, 1.0, 0.5])
+    patch, levels = backbone.patch_size, pyramid_strides(backbone, sfp.SCALE_FACTORS)
+    names, strides = list(levels), list(levels.values())
     default(cfg.MODEL, "DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
     default(sfp, "SQUARE_PAD", size)
     default(cfg.INPUT, "MIN_SIZE_TEST", size)
@@ -223,7 +233,10 @@ def _check_ranges(cfg: CfgNode) -> None:
     check_choice("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, SCHEDULES)
     check_choice("INPUT.MASK_FORMAT", cfg.INPUT.MASK_FORMAT, (None, "polygon", "bitmask"))
     check_choice("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("horizontal", "vertical", "none"))
-    for scale in cfg.MODEL.SFP.SCALE_FACTORS:
+    factors = cfg.MODEL.SFP.SCALE_FACTORS
+    if factors is not None and not (isinstance(factors, list | tuple) and factors):
+        raise UserError(f"MODEL.SFP.SCALE_FACTORS is {factors!r}; it must be a list, such as [4.0, 2.0, 1.0, 0.5].")
+    for scale in factors or ():
         check_choice("a value of MODEL.SFP.SCALE_FACTORS", scale, (4.0, 2.0, 1.0, 0.5))
     positive = ("EPOCHS", "IMS_PER_BATCH", "REFERENCE_LR", "REFERENCE_BATCH", "CHECKPOINT_EPOCHS", "LOG_STEPS")
     for key in positive:

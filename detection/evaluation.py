@@ -15,6 +15,7 @@ from torch import nn
 
 from backbones.utils.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
 
+from .backbone import find_trunk
 from .loader import ReadableMapper, evaluation_loader, inference_mapper
 from .state import load_trained
 
@@ -65,7 +66,7 @@ def measure_cost(cfg: CfgNode, model: nn.Module, dataset: str) -> dict[str, Any]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         cost = {
             "parameters": count_parameters(model),
-            "backbone_parameters": count_parameters(model.backbone.net.trunk),
+            "backbone_parameters": count_parameters(find_trunk(model)[1]),
             "gflops": round(count_gflops(lambda: model(batch[:1])), 3),
             "images_per_s": round(images_per_second(lambda: model(batch), len(batch)), 2),
             "peak_memory_mb": round(peak_memory_mb(), 1),

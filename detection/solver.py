@@ -11,7 +11,7 @@ from detectron2.solver.lr_scheduler import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from torch import nn
 
-from .backbone import ViTTrunk
+from .backbone import find_trunk
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, ChannelLayerNorm)
 
@@ -69,25 +69,23 @@ def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
 
     The backbone's block i learns at LAYER_DECAY^(depth + 1 - i); norms and what the backbone names take no decay.
     """
-    trunks = [(name, m.trunk) for name, m in model.named_modules() if isinstance(m, ViTTrunk)]
+    prefix, trunk = find_trunk(model)
     undecayed = {
         f"{module_name}.{name}"
         for module_name, module in model.named_modules()
         if isinstance(module, _NORMS)
         for name, _ in module.named_parameters(recurse=False)
     }
-    for prefix, trunk in trunks:
-        undecayed |= {f"{prefix}.trunk.{name}" for name in trunk.no_weight_decay()}
+    undecayed |= {f"{prefix}.{name}" for name in trunk.no_weight_decay()}
 
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = 1.0
-        for prefix, trunk in trunks:
-            if name.startswith(f"{prefix}.trunk."):
-                layer = trunk.layer_id(name[len(f"{prefix}.trunk.") :])
-                scale = cfg.SOLVER.LAYER_DECAY ** (trunk.depth + 1 - layer)
+        if name.startswith(f"{prefix}."):
+            layer = trunk.layer_id(name.removeprefix(f"{prefix}."))
+            scale = cfg.SOLVER.LAYER_DECAY ** (trunk.depth + 1 - layer)
         decay = 0.0 if name in undecayed else cfg.SOLVER.WEIGHT_DECAY
         groups.setdefault((scale, decay), []).append(parameter)
     return torch.optim.AdamW(

@@ -14,6 +14,7 @@ from backbones.utils.errors import UserError
 from backbones.utils.files import atomic_path, save_weights
 from backbones.utils.rng import random_state
 
+from .backbone import find_trunk
 from .config import get_config, merge, resolve
 
 WEIGHTS, CHECKPOINT = "model.safetensors", "checkpoint.pth"
@@ -37,7 +38,7 @@ def config_values(cfg: CfgNode) -> dict[str, Any]:
 def save_model(folder: Path, model: nn.Module, cfg: CfgNode, categories: tuple[tuple[int, str], ...]) -> None:
     """Writes model.safetensors, which ``load_trained`` needs nothing else to build."""
     metadata = {"detection_config": config_values(cfg), "categories": categories}
-    metadata["backbone_config"] = model.backbone.net.trunk.config.to_dict()
+    metadata["backbone_config"] = find_trunk(model)[1].config.to_dict()
     save_weights(folder / WEIGHTS, model.state_dict(), metadata)
 
 

@@ -18,9 +18,9 @@ from backbones.utils.nonfinite import first_nonfinite_module
 class KarvisBackbone(BaseModule):
     """A backbone of ``backbones.create_backbone`` that returns one map per index in ``out_indices``.
 
-    All maps have the stride of the patch; a neck such as mmseg's Feature2Pyramid makes a pyramid of them. An input
-    whose sides are not multiples of the patch is padded with zeros at the right and the bottom, as mmseg's own
-    preprocessor does with ``size_divisor``.
+    A ViT's maps all have the stride of the patch; a neck such as mmseg's Feature2Pyramid makes a pyramid of them. The
+    stages of a Swin Transformer are one already. An input whose sides are not multiples of the patch is padded with
+    zeros at the right and the bottom, as mmseg's own preprocessor does with ``size_divisor``.
 
     Args:
         arch: name of a preset.
@@ -35,7 +35,7 @@ class KarvisBackbone(BaseModule):
         self.net = create_backbone(arch, num_classes=0, final_norm=False, **overrides)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Maps (B, C, ceil(H/p), ceil(W/p)) of images (B, 3, H, W)."""
+        """Maps (B, width, ceil(H/stride), ceil(W/stride)) of images (B, 3, H, W)."""
         patch = self.net.patch_size
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % patch, 0, -height % patch))

@@ -44,7 +44,7 @@ def load_config(
     except (SyntaxError, KeyError, OSError, TypeError) as error:
         raise UserError(f"the config {path} cannot be read: {error}") from error
     if size is not None:
-        check_choice("size", size, SIZES)
+        check_choice("size", size, SIZES["vit"])
         cfg.merge_from_dict(Config.fromfile(CONFIG_FOLDER / "sizes" / f"{size}.py").to_dict())
         cfg.model.backbone.arch = resize_arch(cfg.model.backbone.arch, size)
     check_options(cfg, options or {})
@@ -74,7 +74,10 @@ def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
 
 
 def derive(cfg: Config) -> None:
-    """Fills in everything that follows from ``data_root``, ``crop_size`` and ``model.backbone``."""
+    """Fills in everything that follows from ``data_root``, ``crop_size`` and ``model.backbone``.
+
+    A Swin Transformer's stages are a pyramid already, so the head sits on them without ``model.neck``.
+    """
     backbone = backbone_config(cfg)
     crop = (cfg.crop_size, cfg.crop_size)
     classes = class_metainfo(cfg.data_root)["classes"]
@@ -82,10 +85,13 @@ def derive(cfg: Config) -> None:
     model = cfg.model
     model.backbone.img_size = list(backbone.img_size)
     model.backbone.out_indices = list(backbone.out_indices)
-    widths = [backbone.embed_dim] * len(backbone.out_indices)
-    model.neck.embed_dim = backbone.embed_dim
+    if backbone.stage_depths is None:
+        model.neck.embed_dim = backbone.embed_dim
+    else:
+        model.neck = None
+    widths = list(backbone.widths)
     model.decode_head.update(in_channels=widths, num_classes=len(classes))
-    model.auxiliary_head.update(in_channels=backbone.embed_dim, num_classes=len(classes))
+    model.auxiliary_head.update(in_channels=widths[model.auxiliary_head.in_index], num_classes=len(classes))
     # At test time mmseg pads to whole patches and cuts the padding off the prediction.
     model.data_preprocessor.update(size=crop, test_cfg={"size_divisor": backbone.patch_size})
     if model.test_cfg.mode == "slide":
@@ -109,19 +115,24 @@ def derive(cfg: Config) -> None:
 
 
 def backbone_config(cfg: Config) -> BackboneConfig:
-    """The backbone's config at the crop size; four evenly spaced blocks give the maps unless others are named."""
+    """The backbone's config at the crop size; four evenly spaced blocks, or a Swin Transformer's stages, give the maps
+    unless others are named.
+    """
     overrides = {key: value for key, value in cfg.model.backbone.items() if key not in ("type", "arch", "init_cfg")}
     overrides = {key: value for key, value in overrides.items() if value is not None}
     overrides = {"img_size": cfg.crop_size, **overrides, "num_classes": 0, "final_norm": False}
     config = preset_config(cfg.model.backbone.arch).merged(overrides)
+    if config.stage_depths is None:
+        name, levels = "model.neck.rescales", len(cfg.model.neck.rescales)
+    else:
+        name, levels = "model.decode_head.in_index", len(cfg.model.decode_head.in_index)
     if "out_indices" not in overrides:
-        levels = len(cfg.model.neck.rescales)
-        indices = tuple(config.depth * (level + 1) // levels - 1 for level in range(levels))
+        indices = tuple(config.num_outputs * (level + 1) // levels - 1 for level in range(levels))
         config = config.merged({"out_indices": indices})
-    if len(config.out_indices) != len(cfg.model.neck.rescales):
+    if len(config.out_indices) != levels:
         raise UserError(
-            f"model.backbone.out_indices has {len(config.out_indices)} blocks, model.neck.rescales "
-            f"{len(cfg.model.neck.rescales)} scales; they must be as many."
+            f"model.backbone.out_indices is {config.out_indices}, {len(config.out_indices)} maps; {name} has {levels}. "
+            "They must be as many."
         )
     return config
 

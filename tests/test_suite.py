@@ -67,7 +67,8 @@ def test_a_wrong_data_file_is_named(data_file, change, message):
     [
         (["--backbones", "vit,swim"], "unknown backbone 'swim'"),
         (["--backbones", "vit,vit"], "at most once"),
-        (["--size", "huge"], "unknown size 'huge'; allowed: nano, tiny"),
+        (["--backbones", "vit,swin", "--size", "base"], "unknown size of swin 'base'; allowed: nano, tiny"),
+        (["--size", "huge"], "unknown size of vit 'huge'; allowed: nano, tiny"),
         (["--data", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--jobs", "0"], "--jobs is 0"),
     ],

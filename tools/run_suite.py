@@ -24,7 +24,7 @@ from suite.runner import default_jobs, run_jobs
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbones", default="vit,karat,kat,karkat", help="families to compare, separated by commas")
-    parser.add_argument("--size", default="nano", help="nano, tiny, small or base")
+    parser.add_argument("--size", default="nano", help="nano, tiny, small or base; ConViT and Swin: the first two")
     parser.add_argument("--data", default="sample", metavar="sample|FILE", help="generated data, or a YAML of paths")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--jobs", type=int, help="runs at a time; default: one per GPU, else one per core")
@@ -34,7 +34,8 @@ def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.functional")  # Detectron2's meshgrid
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped also stops the runs
     began = time.monotonic()
-    families, size = check_families(arguments.backbones), check_size(arguments.size)
+    families = check_families(arguments.backbones)
+    size = check_size(arguments.size, families)
     slots = default_jobs() if arguments.jobs is None else arguments.jobs
     if slots < 1:
         raise UserError(f"--jobs is {slots}; it must be at least 1.")

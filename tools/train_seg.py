@@ -18,7 +18,7 @@ from backbones.utils.errors import run_main
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a file of segmentation/configs")
-    parser.add_argument("--size", choices=SIZES, help="the same recipe at another size; nano is for CPUs")
+    parser.add_argument("--size", choices=SIZES["vit"], help="the same recipe at another size; nano is for CPUs")
     parser.add_argument("--work-dir", help="output folder (default: runs/seg_CONFIG_SIZE)")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
     parser.add_argument(

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,24 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from backbones.layers.gr_kan import GRKAN
+from backbones.layers.karat import KArAtOperator
 from backbones.ops import group_rational
 from backbones.utils.runlog import read_metrics
 
 from .plan import Data, Job
 
 mpl.use("Agg")
-COLORS = {"vit": "#4c72b0", "karat": "#c44e52", "kat": "#55a868", "karkat": "#8172b2", "vitkan": "#937860"}
+COLORS = {
+    "vit": "#4c72b0",
+    "karat": "#c44e52",
+    "kat": "#55a868",
+    "karkat": "#8172b2",
+    "vitkan": "#937860",
+    "convit": "#64b5cd",
+    "karat_convit": "#da8bc3",
+    "swin": "#8c8c8c",
+    "karat_swin": "#dd8452",
+}
 _VAL = {
     "classification": ("top1", "top-1 %"),
     "detection": ("box_ap50", "box AP50"),
@@ -147,25 +159,20 @@ def segmentation_examples(jobs: list[Job], data: Data, count: int = 4) -> bytes:
 
 
 def learned_functions(jobs: list[Job]) -> bytes | None:
-    """What the pretrained KArAt and GR-KAN learned, in the first, middle and last block; None without either."""
+    """What the first, middle and last KArAt operator and GR-KAN of the pretrained learned; None without either."""
     from classification.engine import load_trained
 
-    learned = [job for job in jobs if job.family != "vit"]
     panels: list[tuple[str, Callable[[Any], None]]] = []
-    for job in learned:
+    for job in jobs:
         network, _ = load_trained(job.folder)
-        depth = network.depth
-        for index in (0, depth // 2, depth - 1):
-            block = network.blocks[index]
-            operator = getattr(block.attn, "operator", None)
-            if operator is not None:
-                panels.append(
-                    (f"{job.family} block {index}: φ of head 0", lambda axis, o=operator: _draw_karat(axis, o))
-                )
-            if isinstance(block.mlp, GRKAN):
-                panels.append(
-                    (f"{job.family} block {index}: F2 by group", lambda axis, m=block.mlp: _draw_rational(axis, m))
-                )
+        rationals = {name: module for name, module in network.named_modules() if isinstance(module, GRKAN)}
+        for modules, what, draw in (
+            (network.operators(), "φ of head 0", _draw_karat),
+            (rationals, "F2 by group", _draw_rational),
+        ):
+            for name in dict.fromkeys(list(modules)[i] for i in (0, len(modules) // 2, -1) if modules):
+                place = name.removesuffix(".mlp").removesuffix(".attn.operator")
+                panels.append((f"{job.family} {place}: {what}", partial(draw, part=modules[name])))
     if not panels:
         return None
     columns = 3
@@ -181,12 +188,12 @@ def learned_functions(jobs: list[Job]) -> bytes | None:
     return _png(figure)
 
 
-def _draw_karat(axis: Any, operator: Any) -> None:
+def _draw_karat(axis: Any, part: KArAtOperator) -> None:
     """Six of head 0's functions φ of a score, spread over tokens and ranks."""
     s = torch.linspace(-np.pi, np.pi, 200)
-    _, outputs, inputs = operator.phi.shape
+    _, outputs, inputs = part.phi.shape
     for output, token in zip(_spread(outputs), _spread(inputs), strict=True):
-        axis.plot(s, operator.phi.curve(s, 0, output, token), linewidth=1)
+        axis.plot(s, part.phi.curve(s, 0, output, token), linewidth=1)
     axis.set_xlabel("score")
 
 
@@ -195,13 +202,12 @@ def _spread(count: int) -> list[int]:
 
 
 @torch.no_grad()
-def _draw_rational(axis: Any, mlp: GRKAN) -> None:
+def _draw_rational(axis: Any, part: GRKAN) -> None:
     """F2 of every group, with the Swish it started near."""
-    groups = len(mlp.act2.weight_denominator)
+    act = part.act2
+    groups = len(act.weight_denominator)
     x = torch.linspace(-4, 4, 200)
-    y = group_rational(
-        x[:, None].repeat(1, groups), mlp.act2.weight_numerator, mlp.act2.weight_denominator, mlp.act2.form
-    )
+    y = group_rational(x[:, None].repeat(1, groups), act.weight_numerator, act.weight_denominator, act.form)
     axis.plot(x, torch.nn.functional.silu(x), color="black", linestyle=":", label="Swish")
     axis.plot(x, y, linewidth=1)
     axis.legend(fontsize=7)

@@ -8,13 +8,11 @@ from typing import Any
 
 import yaml
 
-from backbones.models.presets import FAMILIES, SIZES, preset_name
+from backbones.models.presets import FAMILIES, preset_name
 from backbones.utils.errors import UserError, check_keys, suggest
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("classification", "detection", "segmentation")
-# Names of the same comparisons in Detectron2's and MMSegmentation's config files.
-CONFIG_NAMES = {"vit": "softmax", "karat": "karat", "kat": "kat", "karkat": "karkat", "vitkan": "vitkan"}
 _STATES = {"classification": "checkpoint.pt", "detection": "checkpoint.pth", "segmentation": "last_checkpoint"}
 _DATA_KEYS = {
     "classification": ("root",),
@@ -68,9 +66,10 @@ def check_families(text: str) -> list[str]:
     return families
 
 
-def check_size(size: str) -> str:
-    if size not in SIZES:
-        raise UserError(f"unknown size {size!r}; allowed: {', '.join(SIZES)}.{suggest(size, SIZES)}")
+def check_size(size: str, families: Sequence[str]) -> str:
+    """``size``, which every family must have; UserError names the first that lacks it, and its sizes."""
+    for family in families:
+        preset_name(family, size)
     return size
 
 
@@ -129,6 +128,8 @@ def _job(family: str, task: str, size: str, data: Data, out: Path, quick: bool) 
     folder = out / family / task
     weights = out / family / "classification" / "model.safetensors"
     extra = data.overrides.get(task, [])
+    name = "softmax" if family == "vit" else family
+    pyramid = "fpn" if FAMILIES[family][0] == "swin" else "vitdet"
     if task == "classification":
         recipe = "nano" if size == "nano" else "deit"
         words = ["--config", f"classification/recipes/{recipe}.yaml", f"model.arch={preset_name(family, size)}"]
@@ -136,12 +137,12 @@ def _job(family: str, task: str, size: str, data: Data, out: Path, quick: bool) 
         words += ["train.epochs=2", "train.warmup_epochs=1", "train.batch_size=32"] if quick else []
         return _make(family, task, folder, "pretrain_cls.py", [*words, *extra])
     if task == "detection":
-        words = ["--config", f"detection/vitdet_{CONFIG_NAMES[family]}.yaml", "--size", size, "--output", str(folder)]
+        words = ["--config", f"detection/{pyramid}_{name}.yaml", "--size", size, "--output", str(folder)]
         words += [w for key, value in data.detection.items() for w in (f"DATASETS.{key.upper()}", value)]
         words += ["MODEL.VIT.weights", str(weights)]
         words += ["SOLVER.EPOCHS", "1.0"] if quick else []
         return _make(family, task, folder, "train_net.py", [*words, *extra])
-    words = [f"segmentation/configs/upernet_{CONFIG_NAMES[family]}.py", "--size", size, "--work-dir", str(folder)]
+    words = [f"segmentation/configs/upernet_{name}.py", "--size", size, "--work-dir", str(folder)]
     words += ["--cfg-options", f"data_root={data.segmentation['data_root']}", f"model.backbone.weights={weights}"]
     words += ["schedule.epochs=1", "schedule.val_epochs=1"] if quick else []
     return _make(family, task, folder, "train_seg.py", [*words, *extra])

@@ -1,0 +1,12 @@
+r"""UPerNet with ConViT, gated positional and then softmax attention: a baseline, on ADE20K.
+
+Command: torchrun --nproc-per-node 8 tools/train_seg.py segmentation/configs/upernet_convit.py --launcher pytorch \
+             --cfg-options data_root=PATH model.backbone.weights=WEIGHTS
+         python tools/train_seg.py segmentation/configs/upernet_convit.py --size nano --cfg-options data_root=PATH
+Needs:   at tiny size 8 GPUs with 2 images each; at nano size two CPU cores and a minute on the sample data.
+Expect:  no published segmentor with ConViT.
+"""
+
+_base_ = "_base_/upernet_ade20k.py"
+
+model = dict(backbone=dict(arch="convit_tiny_patch16_224"))

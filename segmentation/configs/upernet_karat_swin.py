@@ -1,0 +1,12 @@
+r"""UPerNet with Swin, KArAt in shifted windows; its stages feed the head without a neck, on ADE20K.
+
+Command: torchrun --nproc-per-node 8 tools/train_seg.py segmentation/configs/upernet_karat_swin.py --launcher pytorch \
+             --cfg-options data_root=PATH model.backbone.weights=WEIGHTS
+         python tools/train_seg.py segmentation/configs/upernet_karat_swin.py --size nano --cfg-options data_root=PATH
+Needs:   at tiny size 8 GPUs with 2 images each; at nano size two CPU cores and a minute on the sample data.
+Expect:  no published value.
+"""
+
+_base_ = "_base_/upernet_ade20k.py"
+
+model = dict(backbone=dict(arch="karat_swin_tiny_patch4_window7_224"))
