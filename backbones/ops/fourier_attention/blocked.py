@@ -2,7 +2,7 @@
 
 Per head, with S = scale · Q Kᵀ (arXiv 2503.10632): H_kr = Σ_q φ_rq(S_kq),
 φ_rq(s) = Σ_{m=1..G} a_mrq cos(m s) + b_mrq sin(m s), the sum over real keys q; dQ = scale · dS K, dK = scale · dSᵀ Q.
-A block is several images, some heads of one image, or some rows of one head.
+A block is several images, some heads of one image, or some rows of one head: adjacent in memory in each case.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import eager, native
 
-# Bytes of one block of scores: within a CPU core's cache, large enough to fill a GPU.
+# Bytes of one block of scores: within a CPU's caches, large enough to fill a GPU.
 _BLOCK_BYTES = {"cpu": 2**20}
 _BLOCK_BYTES_GPU = 2**27
 
@@ -28,13 +28,13 @@ def forward(q: Tensor, k: Tensor, a: Tensor, b: Tensor, key_mask: Tensor | None,
     """
     functions, dtype = _functions(q)
     coefficients = functions.pack(a, b, dtype)
-    h = q.new_empty(*q.shape[:3], a.shape[2])
-    for images, heads, blocks in _blocks(q):
-        keys, real = _keys(k[images, heads], key_mask, images, functions.LANES, dtype)
-        for rows in blocks:
-            s = _queries(q[images, heads, rows], scale, dtype) @ keys.transpose(-2, -1)
-            h[images, heads, rows] = functions.forward(s, coefficients[heads], real).transpose(0, 1)
-    return h
+    queries = q.to(dtype).contiguous()
+    keys, real = _keys(k, key_mask, functions.LANES, dtype)
+    h = queries.new_empty(*q.shape[:3], a.shape[2])
+    for images, heads, rows, s in _scores(queries, keys, scale):
+        mask = None if real is None else real[images]
+        functions.forward(s, coefficients[heads], mask, h[images, heads, rows])
+    return h.to(q.dtype)
 
 
 def backward(
@@ -43,21 +43,22 @@ def backward(
     """(dq, dk, da, db) in the types of q, k, a and b, from dh (B, h, N, r); the other arguments as in ``forward``."""
     functions, dtype = _functions(q)
     coefficients = functions.pack(a, b, dtype)
+    queries, grad = q.to(dtype).contiguous(), dh.to(dtype).contiguous()
+    keys, real = _keys(k, key_mask, functions.LANES, dtype)
     sums = torch.zeros_like(coefficients)
-    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
-    for images, heads, blocks in _blocks(q):
-        keys, real = _keys(k[images, heads], key_mask, images, functions.LANES, dtype)
-        dkeys = torch.zeros_like(keys)
-        for rows in blocks:
-            queries = _queries(q[images, heads, rows], scale, dtype)
-            grad = dh[images, heads, rows].transpose(0, 1).to(dtype).contiguous()
-            s = queries @ keys.transpose(-2, -1)
-            ds = functions.backward(s, grad, coefficients[heads], real, sums[heads])
-            dq[images, heads, rows] = (ds @ keys).mul_(scale).transpose(0, 1)
-            dkeys.flatten(0, 1).baddbmm_(ds.flatten(0, 1).transpose(1, 2), queries.flatten(0, 1))
-        dk[images, heads] = dkeys[:, :, : k.shape[2]].transpose(0, 1)
-    da, db = functions.unpack(sums, k.shape[2])
-    return dq, dk, *(t.to(p.dtype, memory_format=torch.contiguous_format, copy=True) for t, p in ((da, a), (db, b)))
+    dq, dk = torch.empty_like(queries), torch.empty_like(queries)
+    for images, heads, rows, s in _scores(queries, keys, scale):
+        mask = None if real is None else real[images]
+        ds = functions.backward(s, grad[images, heads, rows], coefficients[heads], mask, sums[heads]).flatten(0, 1)
+        dq[images, heads, rows].flatten(0, 1).baddbmm_(ds, keys[images, heads].flatten(0, 1), beta=0, alpha=scale)
+        dk[images, heads].flatten(0, 1).baddbmm_(
+            ds[..., : k.shape[2]].transpose(1, 2),
+            queries[images, heads, rows].flatten(0, 1),
+            beta=0 if rows.start == 0 else 1,  # dk has no values before the first rows
+            alpha=scale,
+        )
+    da, db = (t.contiguous() for t in functions.unpack(sums, k.shape[2]))
+    return dq.to(q.dtype), dk.to(k.dtype), da.to(a.dtype), db.to(b.dtype)
 
 
 def _functions(q: Tensor) -> tuple[ModuleType, torch.dtype]:
@@ -65,38 +66,38 @@ def _functions(q: Tensor) -> tuple[ModuleType, torch.dtype]:
     return native if native.available(q) else eager, torch.promote_types(q.dtype, torch.float32)
 
 
-def _blocks(q: Tensor) -> Iterator[tuple[slice, slice, list[slice]]]:
-    """(images, heads, blocks of rows), the scores of each of which fit the device's block size."""
+def _keys(k: Tensor, key_mask: Tensor | None, lanes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Keys (B, h, N, d) and which are real (B, N), both padded with zeros to a multiple of ``lanes``.
+
+    Masked keys are zero, so that none of what they hold reaches a score; φ of that score counts for nothing.
+    """
+    batch, heads, n, d = k.shape
+    if key_mask is None and n % lanes == 0:
+        return k.to(dtype).contiguous(), None
+    keys = k.new_zeros(batch, heads, -(-n // lanes) * lanes, d, dtype=dtype)
+    keys[:, :, :n] = k
+    if key_mask is None:
+        return keys, None
+    real = keys.new_zeros(batch, keys.shape[2])
+    real[:, :n] = key_mask
+    return keys.masked_fill_(real[:, None, :, None] == 0, 0), real
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    """(images, heads, rows, their scores (images, h, rows, N)) block by block, each of which overwrites the last."""
     batch, heads, n, _ = q.shape
-    row_bytes = max(1, n) * torch.promote_types(q.dtype, torch.float32).itemsize
-    rows = max(1, _BLOCK_BYTES.get(q.device.type, _BLOCK_BYTES_GPU) // row_bytes)
-    pairs = max(1, rows // max(1, n))  # whole heads of a block
-    for images in _slices(batch, max(1, pairs // max(1, heads))):
+    most = max(1, _BLOCK_BYTES.get(q.device.type, _BLOCK_BYTES_GPU) // (k.shape[2] * q.itemsize))  # rows of a block
+    pairs = max(1, most // n)  # whole heads of a block
+    space = q.new_empty(min(batch * heads * n, most) * k.shape[2])
+    for images in _slices(batch, max(1, pairs // heads)):
         for some_heads in _slices(heads, pairs):
-            yield images, some_heads, _slices(n, rows)
+            keys = k[images, some_heads].flatten(0, 1).transpose(1, 2)
+            for rows in _slices(n, most):
+                queries = q[images, some_heads, rows]
+                s = space[: queries.numel() // q.shape[3] * k.shape[2]].view(*queries.shape[:3], k.shape[2])
+                s.flatten(0, 1).baddbmm_(queries.flatten(0, 1), keys, beta=0, alpha=scale)
+                yield images, some_heads, rows, s
 
 
 def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(total, start + size)) for start in range(0, total, size)]
-
-
-def _queries(q: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Scaled queries (h, images, rows, d)."""
-    return q.transpose(0, 1).to(dtype) * scale
-
-
-def _keys(
-    k: Tensor, key_mask: Tensor | None, images: slice, lanes: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Keys (h, images, N, d) and which are real (images, N), both padded with zeros to a multiple of ``lanes``.
-
-    Masked keys are zero, so that none of what they hold reaches a score; φ of that score counts for nothing.
-    """
-    n = k.shape[2]
-    keys = k.new_zeros(k.shape[1], k.shape[0], -(-n // lanes) * lanes, k.shape[3], dtype=dtype)
-    keys[:, :, :n] = k.transpose(0, 1)
-    if key_mask is None:
-        return keys, None
-    real = keys.new_zeros(keys.shape[1:3])
-    real[:, :n] = key_mask[images]
-    return keys.masked_fill_(real[..., None] == 0, 0), real

@@ -21,12 +21,21 @@ static inline vec load(const float* p) {
     std::memcpy(&v, p, sizeof v);
     return v;
 }
+static inline vec load_once(const float* p) {  // into a register: GCC would rather read memory at each use
+    vec v = load(p);
+#if defined(__AVX__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
 static inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
-static inline vec splat(float value) { return vec{} + value; }
+static inline vec splat(float value) { return value - vec{}; }  // not vec{} + value, which must turn -0 into 0
 static inline float total(vec v) {
-    float sum = 0;
-    for (int i = 0; i < LANES; ++i) sum += v[i];
-    return sum;
+    float part[LANES];
+    store(part, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) part[i] += part[i + width];
+    return part[0];
 }
 
 struct Scratch {
@@ -42,7 +51,9 @@ static inline void sin_cos(vec s, vec& sin, vec& cos) {
     const bits sign = (bits)shifted << 31;
     const vec n = shifted - shift;
     vec x = ((s - n * 3.140625f) - n * 9.67502593994140625e-4f) - n * 1.5099579909783764e-7f;  // pi in three parts
-    x = x > 1.6f ? splat(1.6f) : x < -1.6f ? splat(-1.6f) : x;  // |s| beyond 1e7 stays bounded; NaN passes
+    const vec most = splat(1.6f);  // |s| beyond 1e7 stays bounded; NaN passes
+    x = most < x ? most : x;
+    x = -most > x ? -most : x;
     const vec y = x * x;
     // Least greatest error over |x| <= pi/2: 5e-9 and 3e-10 before rounding.
     const vec p = ((2.6000548e-6f * y - 1.9806615e-4f) * y + 8.333017e-3f) * y - 0.16666657f;
@@ -85,70 +96,71 @@ static inline void over_rank(int rank, F f) {
     }
 }
 
-// h[row][i] += sum over ``count`` vectors of terms[row] * a[.][i]
+// sums[row][i] += terms[row][.] * a[.][i] over ``count`` vectors
 template <int N, int WIDTH>
-static inline void multiply(const float* terms, int64_t row_step, const float* a, int rank, int64_t count, float* h) {
-    vec sum[N][WIDTH] = {};
+static inline void multiply(const float* terms, int64_t row_step, const float* a, int rank, int64_t count, float* sums) {
+    vec sum[N][WIDTH];
+    for (int n = 0; n < N; ++n)
+        for (int i = 0; i < WIDTH; ++i) sum[n][i] = load(sums + (n * rank + i) * LANES);
     for (int64_t k = 0; k < count; ++k) {
         vec t[N];
         for (int n = 0; n < N; ++n) t[n] = load(terms + n * row_step + k * LANES);
         for (int i = 0; i < WIDTH; ++i) {
-            const vec c = load(a + (k * rank + i) * LANES);
+            const vec c = load_once(a + (k * rank + i) * LANES);
             for (int n = 0; n < N; ++n) sum[n][i] += t[n] * c;
         }
     }
     for (int n = 0; n < N; ++n)
-        for (int i = 0; i < WIDTH; ++i) h[n * rank + i] += total(sum[n][i]);
+        for (int i = 0; i < WIDTH; ++i) store(sums + (n * rank + i) * LANES, sum[n][i]);
 }
 
 struct Sizes {
-    int64_t heads, images, rows, tiles;  // s: (heads, images, rows, tiles * LANES)
+    int64_t images, heads, rows, tiles;  // s: (images, heads, rows, tiles * LANES)
     int grid, rank;
-    int64_t all() const { return images * rows; }
     int64_t keys() const { return tiles * LANES; }
     int64_t tile() const { return (int64_t)2 * grid * rank * LANES; }  // coefficients of one
-    const float* real(const float* masks, int64_t row) const { return masks ? masks + row / rows * keys() : nullptr; }
 };
 
 template <int N>
-static void forward_rows(const Sizes& z, const float* s, const float* const* real, const float* a, int64_t tiles,
-                         float* terms, float* h) {
+static void forward_rows(const Sizes& z, const float* s, const float* real, const float* a, int64_t tiles, float* terms,
+                         float* sums) {
     const int64_t row_step = tiles * 2 * z.grid * LANES;
     for (int n = 0; n < N; ++n)
         for (int64_t t = 0; t < tiles; ++t)
-            harmonics(s + n * z.keys() + t * LANES, real[n] ? real[n] + t * LANES : nullptr, z.grid,
+            harmonics(s + n * z.keys() + t * LANES, real ? real + t * LANES : nullptr, z.grid,
                       terms + n * row_step + t * 2 * z.grid * LANES, LANES);
     over_rank(z.rank, [&](int at, auto width) {
-        multiply<N, decltype(width)::value>(terms, row_step, a + at * LANES, z.rank, tiles * 2 * z.grid, h + at);
+        multiply<N, decltype(width)::value>(terms, row_step, a + at * LANES, z.rank, tiles * 2 * z.grid,
+                                            sums + at * LANES);
     });
 }
 
-// s: (heads, images, rows, tiles * LANES); real: (images, tiles * LANES) or null; a: (heads, tiles, 2 * grid, rank,
-// LANES); h: (heads, images, rows, rank), all zero.
-extern "C" void fourier_forward(const float* s, const float* real, const float* a, float* h, int64_t heads,
-                                int64_t images, int64_t rows, int64_t tiles, int grid, int rank, int threads) {
-    const Sizes z{heads, images, rows, tiles, grid, rank};
-    const int64_t parts = (z.all() + ROWS - 1) / ROWS;
+// s: (images, heads, rows, tiles * LANES); real: (images, tiles * LANES) or null; a: (heads, tiles, 2 * grid, rank,
+// LANES); h: (images, heads, rows, rank).
+extern "C" void fourier_forward(const float* s, const float* real, const float* a, float* h, int64_t images,
+                                int64_t heads, int64_t rows, int64_t tiles, int grid, int rank, int threads) {
+    const Sizes z{images, heads, rows, tiles, grid, rank};
+    const int64_t parts = (rows + ROWS - 1) / ROWS;
     const int64_t most = std::clamp<int64_t>(CACHE / std::max<int64_t>(z.tile(), 4 * grid * LANES), 1, tiles);
 #pragma omp parallel num_threads(threads)
     {
-        const Scratch terms(2 * most * 2 * grid * LANES);
+        const Scratch terms(2 * most * 2 * grid * LANES), sums(ROWS * rank * LANES);
 #pragma omp for schedule(static)
-        for (int64_t task = 0; task < heads * parts; ++task) {
-            const int64_t head = task / parts, first = task % parts * ROWS, last = std::min(z.all(), first + ROWS);
+        for (int64_t task = 0; task < images * heads * parts; ++task) {
+            const int64_t pair = task / parts, first = task % parts * ROWS, count = std::min(rows - first, ROWS);
+            const float* scores = s + (pair * rows + first) * z.keys();
+            std::fill(sums.p, sums.p + count * rank * LANES, 0.0f);
             for (int64_t tile = 0; tile < tiles; tile += most) {
-                const int64_t count = std::min(most, tiles - tile), key = tile * LANES;
-                const float* coefficients = a + (head * tiles + tile) * z.tile();
-                for (int64_t row = first; row < last;) {
-                    const int64_t at = head * z.all() + row;
-                    const float* masks[2] = {nullptr, nullptr};
-                    const bool pair = row + 2 <= last;
-                    for (int n = 0; real && n < 1 + pair; ++n) masks[n] = z.real(real, row + n) + key;
-                    (pair ? forward_rows<2> : forward_rows<1>)(z, s + at * z.keys() + key, masks, coefficients, count,
-                                                              terms.p, h + at * rank);
-                    row += 1 + pair;
-                }
+                const int64_t some = std::min(most, tiles - tile), key = tile * LANES;
+                const float* mask = real ? real + pair / heads * z.keys() + key : nullptr;
+                const float* coefficients = a + (pair % heads * tiles + tile) * z.tile();
+                for (int64_t row = 0; row < count; row += 2)
+                    (row + 2 <= count ? forward_rows<2> : forward_rows<1>)(z, scores + row * z.keys() + key, mask,
+                                                                          coefficients, some, terms.p,
+                                                                          sums.p + row * rank * LANES);
             }
+            for (int64_t i = 0; i < count * rank; ++i)
+                h[(pair * rows + first) * rank + i] = total(load(sums.p + i * LANES));
         }
     }
 }
@@ -163,8 +175,10 @@ static inline void slopes(const Sizes& z, const float* dh, const float* a, const
             vec g[N];
             for (int n = 0; n < N; ++n) g[n] = splat(dh[n * z.rank + i]);
             for (int v = 0; v < V; ++v) {
-                const vec am = load(a + v * z.tile() + i * LANES), bm = load(a + v * z.tile() + (z.rank + i) * LANES);
-                for (int n = 0; n < N; ++n) of_cos[n][v] += g[n] * am, of_sin[n][v] += g[n] * bm;
+                const vec am = load_once(a + v * z.tile() + i * LANES);
+                for (int n = 0; n < N; ++n) of_cos[n][v] += g[n] * am;
+                const vec bm = load_once(a + v * z.tile() + (z.rank + i) * LANES);
+                for (int n = 0; n < N; ++n) of_sin[n][v] += g[n] * bm;
             }
         }
         for (int n = 0; n < N; ++n)
@@ -195,41 +209,43 @@ static inline void gather(const Sizes& z, const float* dh, const float* term, in
         for (int v = 0; v < V; ++v) store(da + v * z.tile() + i * LANES, sum[i][v]);
 }
 
-// All rows of V tiles from ``tile`` on.
+// All images and rows of V tiles from ``tile`` on, for one head.
 template <int V>
 static void backward_tiles(const Sizes& z, int64_t head, int64_t tile, float* s, const float* real, const float* dh,
                            const float* a, float* da, int64_t most, float* terms, float* sums) {
     a += (head * z.tiles + tile) * z.tile(), da += (head * z.tiles + tile) * z.tile();
-    s += head * z.all() * z.keys() + tile * LANES, dh += head * z.all() * z.rank;
     std::fill(sums, sums + V * z.tile(), 0.0f);
-    for (int64_t first = 0; first < z.all(); first += most) {
-        const int64_t rows = std::min(most, z.all() - first), step = rows * V * LANES;
-        float* block = s + first * z.keys();
-        const float* grad = dh + first * z.rank;
-        for (int64_t row = 0; row < rows; ++row) {
-            const float* mask = real ? z.real(real, first + row) + tile * LANES : nullptr;
-            for (int v = 0; v < V; ++v)
-                harmonics(block + row * z.keys() + v * LANES, mask ? mask + v * LANES : nullptr, z.grid,
-                          terms + (row * V + v) * LANES, step);
+    for (int64_t image = 0; image < z.images; ++image) {
+        const float* mask = real ? real + image * z.keys() + tile * LANES : nullptr;
+        for (int64_t first = 0; first < z.rows; first += most) {
+            const int64_t rows = std::min(most, z.rows - first), step = rows * V * LANES;
+            const int64_t at = (image * z.heads + head) * z.rows + first;
+            float* block = s + at * z.keys() + tile * LANES;
+            const float* grad = dh + at * z.rank;
+            for (int64_t row = 0; row < rows; ++row)
+                for (int v = 0; v < V; ++v)
+                    harmonics(block + row * z.keys() + v * LANES, mask ? mask + v * LANES : nullptr, z.grid,
+                              terms + (row * V + v) * LANES, step);
+            int64_t row = 0;
+            for (; row + 3 <= rows; row += 3)
+                slopes<3, V>(z, grad + row * z.rank, a, terms + row * V * LANES, step, block + row * z.keys());
+            for (; row < rows; ++row)
+                slopes<1, V>(z, grad + row * z.rank, a, terms + row * V * LANES, step, block + row * z.keys());
+            for (int term = 0; term < 2 * z.grid; ++term)
+                over_rank(z.rank, [&](int part, auto width) {
+                    gather<V, decltype(width)::value>(z, grad + part, terms + term * step, rows,
+                                                      sums + (term * z.rank + part) * LANES);
+                });
         }
-        int64_t row = 0;
-        for (; row + 3 <= rows; row += 3)
-            slopes<3, V>(z, grad + row * z.rank, a, terms + row * V * LANES, step, block + row * z.keys());
-        for (; row < rows; ++row)
-            slopes<1, V>(z, grad + row * z.rank, a, terms + row * V * LANES, step, block + row * z.keys());
-        for (int term = 0; term < 2 * z.grid; ++term)
-            over_rank(z.rank, [&](int at, auto width) {
-                gather<V, decltype(width)::value>(z, grad + at, terms + term * step, rows,
-                                                  sums + (term * z.rank + at) * LANES);
-            });
     }
     for (int64_t i = 0; i < V * z.tile(); ++i) da[i] += sums[i];
 }
 
 // As the forward pass; s becomes dS, da is added to. Each task owns its tiles: nothing is shared between threads.
-extern "C" void fourier_backward(float* s, const float* real, const float* dh, const float* a, float* da, int64_t heads,
-                                 int64_t images, int64_t rows, int64_t tiles, int grid, int rank, int threads) {
-    const Sizes z{heads, images, rows, tiles, grid, rank};
+extern "C" void fourier_backward(float* s, const float* real, const float* dh, const float* a, float* da,
+                                 int64_t images, int64_t heads, int64_t rows, int64_t tiles, int grid, int rank,
+                                 int threads) {
+    const Sizes z{images, heads, rows, tiles, grid, rank};
     const int64_t parts = (tiles + 1) / 2, most = std::clamp(CACHE / (4 * grid * LANES) / 3 * 3, 3, 96);
 #pragma omp parallel num_threads(threads)
     {

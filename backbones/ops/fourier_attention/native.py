@@ -33,10 +33,8 @@ def unpack(sums: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return sums.permute(3, 0, 2, 4, 1, 5).flatten(4)[..., :n].unbind()
 
 
-def forward(s: Tensor, coefficients: Tensor, real: Tensor | None) -> Tensor:
-    h = s.new_zeros(*s.shape[:3], coefficients.shape[4])
+def forward(s: Tensor, coefficients: Tensor, real: Tensor | None, h: Tensor) -> None:
     _call("fourier_forward", (s, real, coefficients, h), s, coefficients)
-    return h
 
 
 def backward(s: Tensor, dh: Tensor, coefficients: Tensor, real: Tensor | None, sums: Tensor) -> Tensor:
@@ -45,7 +43,7 @@ def backward(s: Tensor, dh: Tensor, coefficients: Tensor, real: Tensor | None, s
 
 
 def _call(name: str, tensors: tuple[Tensor | None, ...], s: Tensor, coefficients: Tensor) -> None:
-    """Every tensor is contiguous; a slice of heads of one is, too."""
+    """Every tensor is contiguous."""
     sizes = map(ctypes.c_int64, (*s.shape[:3], s.shape[3] // LANES))
     function = getattr(native_build.library(_SOURCE), name)
     function(*map(native_build.pointer, tensors), *sizes, *coefficients.shape[2:5:2], torch.get_num_threads())
