@@ -57,7 +57,7 @@ def backward(
             beta=0 if rows.start == 0 else 1,  # dk has no values before the first rows
             alpha=scale,
         )
-    da, db = (t.contiguous() for t in functions.unpack(sums, k.shape[2]))
+    da, db = (t.clone(memory_format=torch.contiguous_format) for t in functions.unpack(sums, k.shape[2]))
     return dq.to(q.dtype), dk.to(k.dtype), da.to(a.dtype), db.to(b.dtype)
 
 

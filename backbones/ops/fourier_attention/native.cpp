@@ -98,7 +98,8 @@ static inline void over_rank(int rank, F f) {
 
 // sums[row][i] += terms[row][.] * a[.][i] over ``count`` vectors
 template <int N, int WIDTH>
-static inline void multiply(const float* terms, int64_t row_step, const float* a, int rank, int64_t count, float* sums) {
+static inline void multiply(const float* terms, int64_t row_step, const float* a, int rank, int64_t count,
+                            float* sums) {
     vec sum[N][WIDTH];
     for (int n = 0; n < N; ++n)
         for (int i = 0; i < WIDTH; ++i) sum[n][i] = load(sums + (n * rank + i) * LANES);
