@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import run_suite
 
-from backbones.models.presets import FAMILIES
+from backbones import create_backbone
+from backbones.checkpoint import save_backbone
+from backbones.models.presets import FAMILIES, preset_name
 from suite import plan, runner
-from suite.figures import COLORS
+from suite.figures import COLORS, function_panels, learned_functions
 from suite.plan import Data, Job, make_jobs, read_data
 
 DATA = """
@@ -43,6 +45,23 @@ def test_every_family_has_a_config_for_every_task(data_file, tmp_path, family):
     assert len(configs) == 2
     assert all((plan.ROOT / config).is_file() for config in configs)
     assert family in COLORS
+
+
+def test_a_swin_is_detected_by_fpn_and_learned_functions_are_those_of_its_stages(data_file, tmp_path):
+    jobs = make_jobs(["vit", "karat_swin", "kat"], "nano", read_data(str(data_file)), tmp_path / "out", quick=True)
+    assert "train_net.py --config detection/fpn_karat_swin.yaml --size nano" in " ".join(jobs[4].command)
+    pretrained = jobs[:3]
+    for job in pretrained:
+        job.folder.mkdir(parents=True)
+        network = create_backbone(preset_name(job.family, "nano"), num_classes=2)
+        save_backbone(job.folder / "model.safetensors", network, classes=["a", "b"])
+    titles = [title for title, _ in function_panels(pretrained)]
+    assert titles == [
+        *(f"kat blocks.{b}: F2 by group" for b in (0, 3, 5)),
+        *(f"karat_swin layers.{s}.blocks.{b}: φ of head 0" for s, b in ((0, 0), (2, 0), (3, 1))),
+    ]
+    assert learned_functions(pretrained).startswith(b"\x89PNG")
+    assert learned_functions(pretrained[:1]) is None
 
 
 @pytest.mark.parametrize(

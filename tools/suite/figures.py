@@ -158,8 +158,8 @@ def segmentation_examples(jobs: list[Job], data: Data, count: int = 4) -> bytes:
     return _table(["image", *maps], len(images), draw)
 
 
-def learned_functions(jobs: list[Job]) -> bytes | None:
-    """What the first, middle and last KArAt operator and GR-KAN of the pretrained learned; None without either."""
+def function_panels(jobs: list[Job]) -> list[tuple[str, Callable[[Any], None]]]:
+    """Title and drawing of the first, middle and last KArAt operator and GR-KAN of each pretrained network."""
     from classification.engine import load_trained
 
     panels: list[tuple[str, Callable[[Any], None]]] = []
@@ -173,6 +173,12 @@ def learned_functions(jobs: list[Job]) -> bytes | None:
             for name in dict.fromkeys(list(modules)[i] for i in (0, len(modules) // 2, -1) if modules):
                 place = name.removesuffix(".mlp").removesuffix(".attn.operator")
                 panels.append((f"{job.family} {place}: {what}", partial(draw, part=modules[name])))
+    return sorted(panels, key=lambda panel: panel[0].rsplit(":", 1)[1])
+
+
+def learned_functions(jobs: list[Job]) -> bytes | None:
+    """What the pretrained KArAt and GR-KAN learned; None without either."""
+    panels = function_panels(jobs)
     if not panels:
         return None
     columns = 3
@@ -180,7 +186,6 @@ def learned_functions(jobs: list[Job]) -> bytes | None:
     figure, axes = plt.subplots(rows, columns, figsize=(12, 2.6 * rows), constrained_layout=True, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    panels.sort(key=lambda panel: panel[0].rsplit(":", 1)[1])
     for axis, (title, draw) in zip(axes.flat, panels, strict=False):
         draw(axis)
         axis.set_title(title, fontsize=9)
