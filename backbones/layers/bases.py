@@ -26,13 +26,16 @@ class Basis:
     Args:
         grid: G, of the bases that have one.
         spline_order: degree of B-splines.
+        compiled: run ``total`` through torch.compile.
     """
 
     # Parameters by name; True: φ is linear in it, so that a token axis of it is resampled with its sum kept.
     names: ClassVar[dict[str, bool]]
 
-    def __init__(self, grid: int, spline_order: int):
+    def __init__(self, grid: int, spline_order: int, compiled: bool = False):
         self.grid, self.spline_order = grid, spline_order
+        if compiled:
+            self.total = torch.compile(self.total)
 
     def start(self, shape: tuple[int, int, int], std: float | None) -> dict[str, Tensor]:
         """Starting values for (heads, outputs, inputs) functions.

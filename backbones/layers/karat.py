@@ -140,6 +140,7 @@ class KArAtOperator(nn.Module):
         spline_order: degree of B-splines.
         init: ``variance_preserving`` starts functions and W so that the output keeps the values' variance; ``paper``
             draws literal N(0, 1) coefficients and leaves W at PyTorch's linear start.
+        compiled: see AttentionConfig.
 
     Raises:
         ValueError: for an unknown name, and for a rank above the number of tokens.
@@ -160,6 +161,7 @@ class KArAtOperator(nn.Module):
         drop_rate: float = 0.0,
         spline_order: int = 3,
         init: str = "variance_preserving",
+        compiled: bool = False,
     ):
         super().__init__()
         check_choice("basis", basis, BASES)
@@ -172,7 +174,7 @@ class KArAtOperator(nn.Module):
             raise UserError(f"rank is {rank}; it must be at most {n}, the number of tokens.")
         self.grid, self.prefix, self.order, self.projection, self.drop_rate = grid, prefix, order, projection, drop_rate
         self.rank, self.harmonics = rank, harmonics
-        made, literal = BASES[basis](harmonics, spline_order), init == "paper"
+        made, literal = BASES[basis](harmonics, spline_order, compiled), init == "paper"
 
         def functions(outputs: int, inputs: int, axes: tuple[int, ...]) -> Functions:
             std = 1 / math.sqrt(inputs * (n if -2 in axes else 1))

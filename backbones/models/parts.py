@@ -33,6 +33,7 @@ def make_operator(config: BackboneConfig, block: int, num_heads: int) -> nn.Modu
         attention.drop_rate,
         attention.spline_order,
         attention.init,
+        attention.compiled,
     )
 
 

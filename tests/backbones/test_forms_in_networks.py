@@ -1,5 +1,8 @@
 """Networks of every form train in bfloat16, compile in one graph and export to plain operators."""
 
+from copy import deepcopy
+from functools import partial
+
 import pytest
 import torch
 
@@ -36,6 +39,25 @@ def test_compiles_in_one_graph_and_exports_to_plain_operators(name, attention):
         exported = torch.export.export(net, (x,))
         assert "karvis" not in exported.graph_module.code
         torch.testing.assert_close(exported.module()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("basis", ["mexican_hat", "bspline"])
+def test_compiled_functions_give_the_same_in_a_copy_too(basis, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # inductor takes a minute
+    torch.manual_seed(0)
+    plain = network("karat_nano_patch8_64", {"basis": basis})
+    compiled = network("karat_nano_patch8_64", {"basis": basis, "compiled": True})
+    compiled.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    expected = plain(x)
+    expected.square().sum().backward()
+    for net in (compiled, deepcopy(compiled)):  # as the average of weights is one
+        out = net(x)
+        out.square().sum().backward()
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("order", list(PROJECTIONS))
