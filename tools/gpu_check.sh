@@ -34,15 +34,21 @@ unset TRITON_INTERPRET # the kernels are to be compiled
 if [ "$DEVICE" = cpu ]; then
   rational_options=(--shapes smoke,2x197x192 --rounds 5)
   attention_options=(--shapes 2x3x49x32 --grids 1 --rounds 2)
-  model_options=(--archs vit_nano_patch8_64,kat_nano_patch8_64,karat_nano_patch8_64 --batch 2 --rounds 1 --dtype bf16)
+  model_archs=(vit_nano_patch8_64,kat_nano_patch8_64,karat_nano_patch8_64)
+  model_options=(--batch 2 --rounds 1 --dtype bf16)
   trained=(kat_nano_patch8_64 karat_nano_patch8_64)
   sample_options=(--scenes-train 4 --scenes-val 2 --objects-train 8 --objects-val 4)
   train_options=(train.epochs=1 train.warmup_epochs=0 train.batch_size=16)
 else
   rational_options=()
   attention_options=(--dtype bf16)
+  model_archs=(
+    vit_tiny_patch16_224,kat_tiny_patch16_224,karat_tiny_patch16_224,karkat_tiny_patch16_224
+    vit_base_patch16_224,kat_base_patch16_224,karat_base_patch16_224
+    swin_tiny_patch4_window7_224,karat_swin_tiny_patch4_window7_224
+  )
   model_options=(--dtype bf16)
-  trained=(kat_tiny_patch16_224 karat_tiny_patch16_224)
+  trained=(kat_tiny_patch16_224 karat_tiny_patch16_224 karat_convit_tiny_patch16_224 karat_swin_tiny_patch4_window7_224)
   sample_options=(--scenes-train 4 --scenes-val 2)
   train_options=(train.epochs=3 data.workers=8)
 fi
@@ -90,8 +96,14 @@ stage_attention() {
 }
 
 stage_model() {
-  limited "$PYTHON" tools/benchmark.py model --device "$DEVICE" "${model_options[@]}" \
-    --json "$OUT/model.json" --markdown "$OUT/model.md"
+  local status=0 code archs
+  for archs in "${model_archs[@]}"; do
+    limited "$PYTHON" tools/benchmark.py model --device "$DEVICE" --archs "$archs" "${model_options[@]}" \
+      --json "$OUT/model_${archs%%_patch*}.json" --markdown "$OUT/model_${archs%%_patch*}.md"
+    code=$?
+    if [ "$code" -ne 0 ]; then status=$code; fi
+  done
+  return "$status"
 }
 
 stage_train() {
