@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..utils.errors import UserError, check_choice
+from ..utils.rows import by_rows
 from .attention import Attention
 from .bases import BASE_FUNCTIONS, BASES, Base, Basis, Parameters
 from .resample import Grid, resample_tokens
-from .rows import by_rows
 from .simplex import project_simplex
 
 # What may follow Φ̂: "before" projects the r numbers that W takes, "after" the row of N attention weights.
@@ -254,7 +254,7 @@ class KArAtOperator(nn.Module):
             return self._project(self._drop(self.phi.phi(q, k, resample, key_mask, scale)), key_mask, v.dtype) @ v
         if self.order == "phi_w":
             w = resample(self.w, -1, True).to(q.dtype)
-            z = self._drop((q * scale) @ (w @ k).transpose(-2, -1))
+            z = self._drop(q @ ((w @ k) * scale).transpose(-2, -1))
             return self._functions_of(z, v, self.phi, resample, key_mask)
         h = self.phi.phi(q, k, resample, key_mask, scale)
         if self.order == "phi_phi":

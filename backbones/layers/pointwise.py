@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..utils.rows import by_rows
 from .resample import Grid
-from .rows import by_rows
 
 POINTWISE = ("polynomial", "relu")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from backbones.ops import fourier_attention, fourier_mix, fourier_phi
-from backbones.ops.fourier_attention import blocked, library
-from backbones.ops.fourier_attention.reference import fourier_phi_reference
+from backbones.ops.fourier_attention import blocked, library, linear
+from backbones.ops.fourier_attention.reference import fourier_mix_reference, fourier_phi_reference
 
 ORDERS = ["w_phi", "phi_w"]
 
@@ -78,6 +78,20 @@ def test_blocked_form_has_the_references_values_and_gradients(block_bytes, maske
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("block", [2**18, 64], ids=["one_block", "many_blocks"])
+def test_linear_form_has_the_references_values_and_gradients(block, monkeypatch):
+    monkeypatch.setitem(linear._BLOCK, "cpu", block)
+    _, _, v, a, b, _ = inputs(batch=3, n=13, order="phi_w")
+    z = torch.randn(3, 2, 11, 5, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(3, 2, 11, 4, dtype=torch.float64)
+    results = []
+    for function in (fourier_mix, fourier_mix_reference):
+        out = function(z, v, a, b)
+        results.append([out, *torch.autograd.grad((out * upstream).sum(), (z, v, a, b))])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=0, atol=1e-11)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_gradients_pass_finite_differences(order):
     mask = torch.tensor([[True, True, False, True, True]])
@@ -90,6 +104,9 @@ def test_the_op_obeys_torch_library():
     q, k, _, a, b, _ = inputs(dtype=torch.float32)
     torch.library.opcheck(library.fourier_phi_op, (q, k, a, b, mask, 0.5))
     torch.library.opcheck(library.fourier_phi_op, (q, k, a, b, None, 0.5))
+    _, _, v, a, b, _ = inputs(dtype=torch.float32, order="phi_w")
+    z = torch.randn(2, 2, 7, 5, requires_grad=True)
+    torch.library.opcheck(library.fourier_mix_op, (z, v, a, b))
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ...utils.errors import check_choice
-from .library import fourier_phi_op
-from .reference import fourier_phi_reference
+from .library import fourier_mix_op, fourier_phi_op
+from .reference import fourier_mix_reference, fourier_phi_reference
 
 __all__ = ["ORDERS", "fourier_attention", "fourier_mix", "fourier_phi"]
 
@@ -56,7 +56,7 @@ def fourier_attention(
     with torch.autocast(q.device.type, enabled=False):
         w = w.to(q.dtype)
         if rank_last:
-            z = (q * scale) @ (w @ _masked(k, key_mask)).transpose(-2, -1)
+            z = q @ ((w @ _masked(k, key_mask)) * scale).transpose(-2, -1)
             return _mix(z, _masked(v, key_mask), a, b)
         return _phi(q, k, a, b, key_mask, scale) @ (w.transpose(-2, -1) @ _masked(v, key_mask))
 
@@ -101,12 +101,8 @@ def _phi(q: Tensor, k: Tensor, a: Tensor, b: Tensor, key_mask: Tensor | None, sc
 
 
 def _mix(z: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Σ_p v_p φ_pr(z) with the sum over p first: cos and sin of m·z meet (aᵀ V, bᵀ V), (2·G·r, d) per head."""
-    order = torch.arange(1, a.shape[1] + 1, device=z.device)[:, None]  # m
-    angles = (z.to(torch.promote_types(z.dtype, torch.float32))[..., None, :] * order).flatten(-2)  # (B, h, M, G·r)
-    features = torch.cat([angles.cos(), angles.sin()], -1).to(v.dtype)
-    functions = torch.cat([a.transpose(2, 3).flatten(1, 2), b.transpose(2, 3).flatten(1, 2)], 1)  # (h, 2·G·r, N)
-    return features @ (functions.to(v.dtype) @ v)
+    function = fourier_mix_reference if torch.compiler.is_exporting() else fourier_mix_op
+    return function(z, v, a, b)
 
 
 def _masked(t: Tensor, key_mask: Tensor | None) -> Tensor:

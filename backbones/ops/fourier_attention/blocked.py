@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import eager, native
+from .linear import slices
 
 # Bytes of one block of scores: within a CPU's caches, large enough to fill a GPU.
 _BLOCK_BYTES = {"cpu": 2**20}
@@ -89,15 +90,11 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, slice, 
     most = max(1, _BLOCK_BYTES.get(q.device.type, _BLOCK_BYTES_GPU) // (k.shape[2] * q.itemsize))  # rows of a block
     pairs = max(1, most // n)  # whole heads of a block
     space = q.new_empty(min(batch * heads * n, most) * k.shape[2])
-    for images in _slices(batch, max(1, pairs // heads)):
-        for some_heads in _slices(heads, pairs):
+    for images in slices(batch, max(1, pairs // heads)):
+        for some_heads in slices(heads, pairs):
             keys = k[images, some_heads].flatten(0, 1).transpose(1, 2)
-            for rows in _slices(n, most):
+            for rows in slices(n, most):
                 queries = q[images, some_heads, rows]
                 s = space[: queries.numel() // q.shape[3] * k.shape[2]].view(*queries.shape[:3], k.shape[2])
                 s.flatten(0, 1).baddbmm_(queries.flatten(0, 1), keys, beta=0, alpha=scale)
                 yield images, some_heads, rows, s
-
-
-def _slices(total: int, size: int) -> list[slice]:
-    return [slice(start, min(total, start + size)) for start in range(0, total, size)]

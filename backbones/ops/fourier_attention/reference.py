@@ -22,3 +22,13 @@ def fourier_phi_reference(q: Tensor, k: Tensor, a: Tensor, b: Tensor, key_mask: 
             cos, sin = cos * real, sin * real
         h = h + cos @ a[:, m - 1].transpose(-2, -1).to(s.dtype) + sin @ b[:, m - 1].transpose(-2, -1).to(s.dtype)
     return h
+
+
+def fourier_mix_reference(z: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """O_k = Σ_p v_p Σ_r φ_pr(z_kr), (B, h, M, d), differentiable; arguments as in ``fourier_mix``, without a mask."""
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    out = 0
+    for m in range(1, a.shape[1] + 1):
+        for harmonic, c in ((torch.cos(m * wide), a), (torch.sin(m * wide), b)):
+            out = out + harmonic.to(v.dtype) @ (c[:, m - 1].transpose(-2, -1).to(v.dtype) @ v)
+    return out
