@@ -36,7 +36,7 @@ class AttentionConfig:
         drop_rate: dropout of attention: KArAt's on the r numbers per query, else on the weights.
         weight_init: of the projections: ``normal``, or ``mimetic`` (arXiv 2305.09828).
         blocks: indices of the blocks that use ``kind``, the others use softmax; None = all.
-        heads: indices of the heads that use KArAt, the others use softmax; None = all.
+        heads: indices of the heads that use ``kind``, the others use softmax; None = all.
         rel_pos: decomposed relative position embedding of ViTDet (softmax only, no class token).
     """
 
@@ -270,6 +270,11 @@ class BackboneConfig:
                     raise UserError(f"width {width} is not divisible by ffn.groups {self.ffn.groups}.")
         if self.stage_depths is not None:
             self._check_swin()
+        if self.gpsa_blocks >= self.depth:
+            raise UserError(
+                f"gpsa_blocks is {self.gpsa_blocks}; it must be below the {self.depth} blocks, the last of which see all "
+                "tokens."
+            )
         if self.class_token and self.window_size:
             raise UserError(f"window_size {self.window_size} has no place for a class token. Set class_token=False.")
         if self.class_token and self.attention.rel_pos:
@@ -311,7 +316,7 @@ class BackboneConfig:
                     f"attention.rank {rank} exceeds the {tokens} tokens of a map or window in block {block}. "
                     f"Use at most {tokens}."
                 )
-        if attention.heads is not None and attention.kind == "karat":
+        if attention.heads is not None and attention.kind != "softmax":
             for head in attention.heads:
                 if not 0 <= head < self.num_heads:
                     raise UserError(f"attention.heads holds {head}; there are heads 0 to {self.num_heads - 1}.")

@@ -185,6 +185,7 @@ def test_swin_takes_every_attention_and_feed_forward():
             {"out_indices": [4]},
             "out_indices holds 4; the backbone has stages 0 to",
         ),
+        ("karat_convit_nano_patch8_64", {"depth": 4}, "gpsa_blocks is 4; it must be below the 4 blocks"),
         ("karat_convit_nano_patch8_64", {"attention": {"blocks": [3]}}, "attention.blocks holds 3; blocks 0 to 3 have"),
     ],
 )
