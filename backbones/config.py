@@ -272,8 +272,8 @@ class BackboneConfig:
             self._check_swin()
         if self.gpsa_blocks >= self.depth:
             raise UserError(
-                f"gpsa_blocks is {self.gpsa_blocks}; it must be below the {self.depth} blocks, the last of which see all "
-                "tokens."
+                f"gpsa_blocks is {self.gpsa_blocks}; it must be below the {self.depth} blocks of the backbone: in the "
+                "last all tokens see each other."
             )
         if self.class_token and self.window_size:
             raise UserError(f"window_size {self.window_size} has no place for a class token. Set class_token=False.")
