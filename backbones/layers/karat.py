@@ -253,8 +253,8 @@ class KArAtOperator(nn.Module):
         if self.order == "full":
             return self._project(self._drop(self.phi.phi(q, k, resample, key_mask, scale)), key_mask, v.dtype) @ v
         if self.order == "phi_w":
-            w = resample(self.w, -1, True).to(q.dtype)
-            z = self._drop(q @ ((w @ k) * scale).transpose(-2, -1))
+            w = (resample(self.w, -1, True) * scale).to(q.dtype)
+            z = self._drop(q @ (w @ k).transpose(-2, -1))
             return self._functions_of(z, v, self.phi, resample, key_mask)
         h = self.phi.phi(q, k, resample, key_mask, scale)
         if self.order == "phi_phi":

@@ -54,11 +54,10 @@ def fourier_attention(
         raise ValueError(f"w must be {names} for order {order!r}, got {tuple(w.shape)}.")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
-        w = w.to(q.dtype)
         if rank_last:
-            z = q @ ((w @ _masked(k, key_mask)) * scale).transpose(-2, -1)
+            z = q @ ((w * scale).to(q.dtype) @ _masked(k, key_mask)).transpose(-2, -1)
             return _mix(z, _masked(v, key_mask), a, b)
-        return _phi(q, k, a, b, key_mask, scale) @ (w.transpose(-2, -1) @ _masked(v, key_mask))
+        return _phi(q, k, a, b, key_mask, scale) @ (w.to(q.dtype).transpose(-2, -1) @ _masked(v, key_mask))
 
 
 def fourier_phi(
