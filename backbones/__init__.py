@@ -1,6 +1,7 @@
 """Kolmogorov-Arnold vision backbones: KArAt attention and GR-KAN feed-forwards in one ViT trunk."""
 
-from .config import AttentionConfig, BackboneConfig, FfnConfig
+from .config import BackboneConfig
+from .layer_config import AttentionConfig, FfnConfig
 from .models.presets import list_backbones
 from .registry import create_backbone, register_with_timm
 

@@ -4,155 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from .layers.bases import BASE_FUNCTIONS, BASES
-from .layers.karat import INITS, PROJECTIONS
-from .layers.pointwise import POINTWISE
-from .layers.starts import STARTS
-from .utils.errors import UserError, check_choice, check_keys
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """How tokens mix.
-
-    Args:
-        kind: ``softmax``, ``karat`` (arXiv 2503.10632), or a cheap rival of both: ``polynomial`` S³/√N or ``relu``
-            relu(S)/N.
-        basis: of KArAt's functions: ``fourier``, ``rational``, ``mexican_hat``, ``morlet``, ``dog``, ``meyer``,
-            ``shannon`` or ``bspline``.
-        base: base function β added to each function: ``zero``, ``identity``, ``silu`` or ``gelu``.
-        order: ``w_phi`` W Φ̂(S), ``phi_w`` Φ̂(W S) (linear in N for Fourier and B-splines), ``phi_phi`` Φ̂₂(Φ̂₁(S)), or
-            ``full``, one N×N matrix of functions.
-        projection: onto the probability simplex: ``none``, ``before`` (the r numbers that W takes, ``w_phi`` only) or
-            ``after`` (the row of N attention weights).
-        grid: G, harmonics of ``fourier``, intervals of ``bspline``; one number, or one per block.
-        rank: r, number of rows of Φ̂; W has as many columns. One number, or one per block; unused by ``full``.
-        spline_order: degree of the pieces of ``bspline``.
-        mode: ``blockwise`` (every block owns its operators) or ``universal`` (all blocks share one set).
-        scales: add the paper's two scale tensors per operator.
-        init: ``variance_preserving``, or ``paper`` for literal N(0, 1) coefficients.
-        compiled: run the functions of a basis other than ``fourier`` through torch.compile, which takes half a minute
-            on a CPU and makes them about twice as fast.
-        drop_rate: dropout of attention: KArAt's on the r numbers per query, else on the weights.
-        weight_init: of the projections: ``normal``, or ``mimetic`` (arXiv 2305.09828).
-        blocks: indices of the blocks that use ``kind``, the others use softmax; None = all.
-        heads: indices of the heads that use ``kind``, the others use softmax; None = all.
-        rel_pos: decomposed relative position embedding of ViTDet (softmax only, no class token).
-    """
-
-    kind: str = "softmax"
-    basis: str = "fourier"
-    base: str = "zero"
-    order: str = "w_phi"
-    projection: str = "none"
-    grid: int | tuple[int, ...] = 3
-    rank: int | tuple[int, ...] = 12
-    spline_order: int = 3
-    mode: str = "blockwise"
-    scales: bool = False
-    init: str = "variance_preserving"
-    compiled: bool = False
-    drop_rate: float = 0.0
-    weight_init: str = "normal"
-    blocks: tuple[int, ...] | None = None
-    heads: tuple[int, ...] | None = None
-    rel_pos: bool = False
-
-    def __post_init__(self):
-        check_choice("attention.kind", self.kind, ("softmax", "karat", *POINTWISE))
-        check_choice("attention.basis", self.basis, BASES)
-        check_choice("attention.base", self.base, BASE_FUNCTIONS)
-        check_choice("attention.order", self.order, PROJECTIONS)
-        if self.projection not in PROJECTIONS[self.order]:
-            allowed = " or ".join(repr(p) for p in PROJECTIONS[self.order])
-            raise UserError(
-                f"attention.projection is {self.projection!r}; attention.order {self.order!r} allows {allowed}. "
-                "'before' needs the order 'w_phi', where W takes what is projected."
-            )
-        check_choice("attention.mode", self.mode, ("blockwise", "universal"))
-        check_choice("attention.init", self.init, INITS)
-        check_choice("attention.weight_init", self.weight_init, ("normal", "mimetic"))
-        for name in ("grid", "rank"):
-            self._normalize_per_block(name)
-        _check_positive("attention.spline_order", self.spline_order)
-        _check_rate("attention.drop_rate", self.drop_rate)
-        _check_bool("attention.scales", self.scales)
-        _check_bool("attention.compiled", self.compiled)
-        _check_bool("attention.rel_pos", self.rel_pos)
-        for name in ("blocks", "heads"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _int_tuple(f"attention.{name}", getattr(self, name)))
-        if self.rel_pos and self.kind != "softmax" and self.blocks is None:
-            raise UserError(
-                f"attention.rel_pos is defined for softmax scores only, and every block uses {self.kind!r}. "
-                "Set rel_pos=False, or attention.blocks to leave some blocks to softmax."
-            )
-
-    def _normalize_per_block(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, int):
-            _check_positive(f"attention.{name}", value)
-            return
-        values = _int_tuple(f"attention.{name}", value)
-        for v in values:
-            _check_positive(f"attention.{name}", v)
-        if self.mode == "universal":
-            raise UserError(
-                f"attention.{name} is {values}, a value per block; mode 'universal' shares one operator among all "
-                "blocks. Give one number, or set mode='blockwise'."
-            )
-        object.__setattr__(self, name, values)
-
-    def of_block(self, name: str, block: int) -> int:
-        """``grid`` or ``rank`` of a block."""
-        value = getattr(self, name)
-        return value if isinstance(value, int) else value[block]
-
-
-@dataclass(frozen=True)
-class FfnConfig:
-    """How channels mix.
-
-    Args:
-        kind: ``mlp`` (GELU), ``grkan`` (arXiv 2409.10594) or ``kan`` (B-splines, arXiv 2404.19756).
-        ratio: hidden width over ``embed_dim``.
-        groups: number of channel groups that share one denominator.
-        degrees: (m, n), degrees of the numerator and of the denominator.
-        init: function that the second activation starts as: ``identity``, ``swish``, ``gelu``, ``relu``,
-            ``leaky_relu`` (slope 0.01), ``tanh`` or ``sigmoid``; all but the first need degrees of at least (5, 4).
-        weight_init: ``variance_preserving``, or ``released`` for the N(0, 0.02) of the published runs.
-        denominator: ``sum_abs`` for 1+Σ|b_i||x|ⁱ, ``abs_sum`` for 1+|Σ b_i xⁱ|.
-        grid: intervals of a spline on [-1, 1] (``kan`` only).
-        order: degree of a spline's pieces (``kan`` only).
-    """
-
-    kind: str = "mlp"
-    ratio: float = 4.0
-    groups: int = 8
-    degrees: tuple[int, int] = (5, 4)
-    init: str = "swish"
-    weight_init: str = "variance_preserving"
-    denominator: str = "sum_abs"
-    grid: int = 5
-    order: int = 3
-
-    def __post_init__(self):
-        check_choice("ffn.kind", self.kind, ("mlp", "grkan", "kan"))
-        check_choice("ffn.init", self.init, STARTS["sum_abs"])
-        check_choice("ffn.weight_init", self.weight_init, ("variance_preserving", "released"))
-        check_choice("ffn.denominator", self.denominator, ("sum_abs", "abs_sum"))
-        for name in ("groups", "grid", "order"):
-            _check_positive(f"ffn.{name}", getattr(self, name))
-        object.__setattr__(self, "degrees", _int_tuple("ffn.degrees", self.degrees))
-        if len(self.degrees) != 2 or min(self.degrees) < 1:
-            raise UserError(f"ffn.degrees is {self.degrees}; it must be two degrees of at least 1, such as (5, 4).")
-        if self.init != "identity" and (self.degrees[0] < 5 or self.degrees[1] < 4):
-            raise UserError(
-                f"ffn.init {self.init!r} needs ffn.degrees of at least (5, 4), got {self.degrees}. Raise them, or set "
-                "ffn.init to 'identity', which every degree holds."
-            )
-        if not isinstance(self.ratio, int | float) or self.ratio <= 0:
-            raise UserError(f"ffn.ratio is {self.ratio!r}; it must be a positive number, such as 4.0.")
+from .layer_config import AttentionConfig, FfnConfig
+from .utils.errors import UserError, check_keys
+from .utils.values import check_bool, check_positive, check_rate, int_tuple
 
 
 @dataclass(frozen=True)
@@ -218,7 +72,7 @@ class BackboneConfig:
     def __post_init__(self):
         self._normalize()
         for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         for name in (
             "class_token",
             "qkv_bias",
@@ -227,13 +81,13 @@ class BackboneConfig:
             "grad_checkpointing",
             "pos_embed_antialias",
         ):
-            _check_bool(name, getattr(self, name))
+            check_bool(name, getattr(self, name))
         for name in ("num_classes", "window_size", "gpsa_blocks"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise UserError(f"{name} is {value!r}; it must be an integer of at least 0.")
         for name in ("drop_path", "drop_rate", "weights_min_match"):
-            _check_rate(name, getattr(self, name))
+            check_rate(name, getattr(self, name))
         self._check_sizes()
         self._check_indices()
 
@@ -241,7 +95,7 @@ class BackboneConfig:
         size = self.img_size
         if isinstance(size, int):
             size = (size, size)
-        size = _int_tuple("img_size", size)
+        size = int_tuple("img_size", size)
         if len(size) != 2 or min(size) < 1:
             raise UserError(f"img_size is {self.img_size!r}; it must be a positive integer or (height, width).")
         object.__setattr__(self, "img_size", size)
@@ -253,12 +107,12 @@ class BackboneConfig:
             elif not isinstance(value, kind):
                 raise UserError(f"{name} is {value!r}; it must be a dict of {kind.__name__}'s fields.")
         if self.stage_depths is not None:
-            object.__setattr__(self, "stage_depths", _int_tuple("stage_depths", self.stage_depths))
+            object.__setattr__(self, "stage_depths", int_tuple("stage_depths", self.stage_depths))
             object.__setattr__(self, "depth", sum(self.stage_depths))
         if self.out_indices is None:
             object.__setattr__(self, "out_indices", (self.num_outputs - 1,))
         for name in ("out_indices", "global_blocks"):
-            object.__setattr__(self, name, _int_tuple(name, getattr(self, name)))
+            object.__setattr__(self, name, int_tuple(name, getattr(self, name)))
 
     def _check_sizes(self) -> None:
         check_patch_multiple(self.img_size, self.patch_size, "img_size")
@@ -422,27 +276,3 @@ def check_patch_multiple(size: tuple[int, int], patch_size: int, what: str) -> N
             raise UserError(
                 f"{what} {size[0]}x{size[1]} is not divisible by the patch size {patch_size}; use {near} for {side}."
             )
-
-
-def _int_tuple(name: str, value: Any) -> tuple[int, ...]:
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
-        raise UserError(f"{name} is {value!r}; it must be a list of integers.")
-    values = tuple(value)
-    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise UserError(f"{name} is {value!r}; it must be a list of integers.")
-    return values
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name} is {value!r}; it must be a positive integer.")
-
-
-def _check_rate(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise UserError(f"{name} is {value!r}; it must be between 0 and 1.")
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise UserError(f"{name} is {value!r}; it must be true or false.")

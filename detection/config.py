@@ -13,7 +13,8 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from backbones.config import AttentionConfig, BackboneConfig, FfnConfig
+from backbones.config import BackboneConfig
+from backbones.layer_config import AttentionConfig, FfnConfig
 from backbones.models.presets import SIZES, preset_config, resize_arch
 from backbones.utils.errors import UserError, check_choice, check_keys, suggest
 

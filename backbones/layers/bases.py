@@ -5,6 +5,7 @@ how they start, and what the functions are (arXiv 2503.10632). The tensors end i
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ Parameters = Mapping[str, Tensor]
 SPLINE_RANGE = 4.0  # splines live on scores in [-4, 4]
 
 
-class Basis:
+class Basis(ABC):
     """Functions φ_pq given number by number; a subclass defines ``names``, ``start`` and ``evaluate``.
 
     Args:
@@ -37,17 +38,17 @@ class Basis:
         if compiled:
             self.total = torch.compile(self.total)
 
+    @abstractmethod
     def start(self, shape: tuple[int, int, int], std: float | None) -> dict[str, Tensor]:
         """Starting values for (heads, outputs, inputs) functions.
 
         Args:
             std: of φ(x) for x ~ N(0, 1); None = the paper's literal start.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluate(self, x: Tensor, c: Parameters) -> Tensor:
         """φ_pq(x): (B, h, M, 1, inputs) to (B, h, M, outputs, inputs)."""
-        raise NotImplementedError
 
     def window(self, inputs: int) -> Tensor | None:
         """(inputs,), a fixed factor of the functions of each input."""
@@ -89,9 +90,9 @@ class Basis:
 class LinearBasis(Basis):
     """φ_pq = Σ_i c_ipq f_i with features f_i shared by all pairs, so that sums over inputs are matrix products."""
 
+    @abstractmethod
     def features(self, x: Tensor) -> Iterator[Tensor]:
         """f_1(x), f_2(x), ..., each like x."""
-        raise NotImplementedError
 
     def coefficients(self, c: Parameters) -> Tensor:
         """(h, features, outputs, inputs)."""
@@ -200,9 +201,9 @@ class Wavelet(Basis):
 
     names: ClassVar = {"w": True, "tau": False, "s": False}
 
+    @abstractmethod
     def wave(self, x: Tensor) -> Tensor:
         """ψ(x)."""
-        raise NotImplementedError
 
     def start(self, shape, std):
         window = self.window(shape[2])
@@ -271,6 +272,9 @@ class Base(LinearBasis):
 
     def __init__(self, name: str):
         self.name = name
+
+    def start(self, shape, std):
+        return {}  # its coefficient is the caller's scale
 
     def features(self, x):
         yield BASE_FUNCTIONS[self.name](x)

@@ -26,6 +26,14 @@ def test_keeps_points_of_the_simplex_and_spreads_ties():
     torch.testing.assert_close(project_simplex(torch.full((4,), 3.0)), torch.full((4,), 0.25))
 
 
+@pytest.mark.parametrize("edge", [1e-9, 1e-6, 1e-3])
+def test_entries_at_the_edge_of_the_support_fall_on_the_right_side(edge):
+    """(1, y) projects onto (1, 0) for y ≤ 0 and keeps half of any y above."""
+    y = torch.tensor([[1.0, -edge], [1.0, 0.0], [1.0, edge]], dtype=torch.float64)
+    expected = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1 - edge / 2, edge / 2]], dtype=torch.float64)
+    torch.testing.assert_close(project_simplex(y), expected, rtol=0, atol=1e-15)
+
+
 def test_masked_entries_are_no_part_of_it():
     y = torch.randn(5, 6, dtype=torch.float64)
     mask = torch.tensor([True, False, True, True, False, True])

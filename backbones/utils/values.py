@@ -1,0 +1,33 @@
+"""Checks of single values that a user gives, each naming the setting, what came and what is allowed."""
+
+from typing import Any
+
+from .errors import UserError
+
+
+def int_tuple(name: str, value: Any) -> tuple[int, ...]:
+    """``value`` as a tuple; raises UserError naming it unless it is a list of integers."""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise UserError(f"{name} is {value!r}; it must be a list of integers.")
+    values = tuple(value)
+    if not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise UserError(f"{name} is {value!r}; it must be a list of integers.")
+    return values
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises UserError naming ``value`` unless it is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} is {value!r}; it must be a positive integer.")
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Raises UserError naming ``value`` unless it is a number from 0 to 1."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise UserError(f"{name} is {value!r}; it must be between 0 and 1.")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Raises UserError naming ``value`` unless it is a bool."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} is {value!r}; it must be true or false.")
