@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import BackboneConfig
+from .layers.attention import FrozenScoresLinear, split_fused
 from .layers.gr_kan import GroupRational, start_coefficients
 from .layers.resample import Grid, resample_tokens
 from .layers.starts import STARTS
@@ -74,6 +75,9 @@ def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9,
         UserError: when the source cannot be read or fills less than ``min_match``; the network is then unchanged.
     """
     state, saved = read_weights(source)
+    for name, module in network.named_modules():
+        if isinstance(module, FrozenScoresLinear):
+            state |= split_fused(state, f"{name}.")
     target = network.state_dict()
     report = MatchReport(str(source), network.config.arch)
     new: dict[str, Tensor] = {}

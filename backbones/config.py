@@ -237,6 +237,13 @@ class BackboneConfig:
             return "gpsa"
         return attention.kind if attention.blocks is None or block in attention.blocks else "softmax"
 
+    def freezes_scores(self, block: int) -> bool:
+        """Whether queries and keys of a block are never trained; a frozen KArAt freezes its operators instead."""
+        attention = self.attention
+        if not attention.frozen or attention.kind == "karat":
+            return False
+        return self.attention_kind(block) == attention.kind or attention.kind == "softmax"
+
     def is_karat(self, block: int) -> bool:
         return self.attention_kind(block) == "karat"
 

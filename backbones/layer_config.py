@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .layers.bases import BASE_FUNCTIONS, BASES
 from .layers.karat import INITS, PROJECTIONS
-from .layers.pointwise import POINTWISE
+from .layers.pointwise import CONTROLS, POINTWISE
 from .layers.starts import STARTS
 from .utils.errors import UserError, check_choice
 from .utils.values import check_bool, check_positive, check_rate, int_tuple
@@ -15,8 +15,8 @@ class AttentionConfig:
     """How tokens mix.
 
     Args:
-        kind: ``softmax``, ``karat`` (arXiv 2503.10632), or a cheap rival of both: ``polynomial`` S³/√N or ``relu``
-            relu(S)/N.
+        kind: ``softmax``, ``karat`` (arXiv 2503.10632), a cheap rival of both, ``polynomial`` S³/√N or ``relu``
+            relu(S)/N, or a control: ``uniform``, the mean over tokens, or ``none``, no token sees another.
         basis: of KArAt's functions: ``fourier``, ``rational``, ``mexican_hat``, ``morlet``, ``dog``, ``meyer``,
             ``shannon`` or ``bspline``.
         base: base function β added to each function: ``zero``, ``identity``, ``silu`` or ``gelu``.
@@ -37,6 +37,7 @@ class AttentionConfig:
         blocks: indices of the blocks that use ``kind``, the others use softmax; None = all.
         heads: indices of the heads that use ``kind``, the others use softmax; None = all.
         rel_pos: decomposed relative position embedding of ViTDet (softmax only, no class token).
+        frozen: a control: what weighs the tokens stays as it started, KArAt's operators, else queries and keys.
     """
 
     kind: str = "softmax"
@@ -56,6 +57,7 @@ class AttentionConfig:
     blocks: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     rel_pos: bool = False
+    frozen: bool = False
 
     def __post_init__(self):
         check_choice("attention.kind", self.kind, ("softmax", "karat", *POINTWISE))
@@ -78,6 +80,12 @@ class AttentionConfig:
         check_bool("attention.scales", self.scales)
         check_bool("attention.compiled", self.compiled)
         check_bool("attention.rel_pos", self.rel_pos)
+        check_bool("attention.frozen", self.frozen)
+        if self.frozen and self.kind in CONTROLS:
+            raise UserError(
+                f"attention.frozen is True, and attention.kind {self.kind!r} weighs tokens by nothing that could be "
+                "trained. Set frozen=False, or another kind."
+            )
         for name in ("blocks", "heads"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int_tuple(f"attention.{name}", getattr(self, name)))
@@ -113,7 +121,8 @@ class FfnConfig:
     """How channels mix.
 
     Args:
-        kind: ``mlp`` (GELU), ``grkan`` (arXiv 2409.10594) or ``kan`` (B-splines, arXiv 2404.19756).
+        kind: ``mlp`` (GELU), ``grkan`` (arXiv 2409.10594), ``kan`` (B-splines, arXiv 2404.19756), or a control:
+            ``linear``, an MLP without its activation.
         ratio: hidden width over ``embed_dim``.
         groups: number of channel groups that share one denominator.
         degrees: (m, n), degrees of the numerator and of the denominator.
@@ -123,6 +132,7 @@ class FfnConfig:
         denominator: ``sum_abs`` for 1+Σ|b_i||x|ⁱ, ``abs_sum`` for 1+|Σ b_i xⁱ|.
         grid: intervals of a spline on [-1, 1] (``kan`` only).
         order: degree of a spline's pieces (``kan`` only).
+        frozen: a control: the rationals' coefficients stay as they started (``grkan`` only).
     """
 
     kind: str = "mlp"
@@ -134,14 +144,20 @@ class FfnConfig:
     denominator: str = "sum_abs"
     grid: int = 5
     order: int = 3
+    frozen: bool = False
 
     def __post_init__(self):
-        check_choice("ffn.kind", self.kind, ("mlp", "grkan", "kan"))
+        check_choice("ffn.kind", self.kind, ("mlp", "grkan", "kan", "linear"))
         check_choice("ffn.init", self.init, STARTS["sum_abs"])
         check_choice("ffn.weight_init", self.weight_init, ("variance_preserving", "released"))
         check_choice("ffn.denominator", self.denominator, ("sum_abs", "abs_sum"))
         for name in ("groups", "grid", "order"):
             check_positive(f"ffn.{name}", getattr(self, name))
+        check_bool("ffn.frozen", self.frozen)
+        if self.frozen and self.kind != "grkan":
+            raise UserError(
+                f"ffn.frozen is True, and ffn.kind {self.kind!r} has no rationals. It needs ffn.kind 'grkan'."
+            )
         object.__setattr__(self, "degrees", int_tuple("ffn.degrees", self.degrees))
         if len(self.degrees) != 2 or min(self.degrees) < 1:
             raise UserError(f"ffn.degrees is {self.degrees}; it must be two degrees of at least 1, such as (5, 4).")

@@ -1,5 +1,7 @@
 """Multi-head attention: the projections every kind shares, and softmax with ViTDet's relative position embedding."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,6 +48,38 @@ class Attention(nn.Module):
     def _drop_rate(self) -> float:
         return self.attn_drop_rate if self.training else 0.0
 
+    def freeze_scores(self) -> None:
+        """Keeps all that weighs the tokens as it starts; values and projection are trained."""
+        self.qkv = FrozenScoresLinear(self.qkv)
+
+
+class FrozenScoresLinear(nn.Module):
+    """A projection to queries, keys and values, (..., C) to (..., 3C), of which only the values are trained.
+
+    Args:
+        qkv: the linear layer whose place it takes.
+    """
+
+    def __init__(self, qkv: nn.Linear):
+        super().__init__()
+        dim, bias = qkv.in_features, qkv.bias is not None
+        self.qk = nn.Linear(dim, 2 * dim, bias).requires_grad_(False)
+        self.v = nn.Linear(dim, dim, bias)
+        self.load_state_dict(split_fused(qkv.state_dict()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.qk(x), self.v(x)], -1)
+
+
+def split_fused(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """``weight`` and ``bias`` of one projection to queries, keys and values as those of a FrozenScoresLinear."""
+    parts = {}
+    for name in ("weight", "bias"):
+        if f"{prefix}{name}" in state:
+            queries, keys, values = state[f"{prefix}{name}"].chunk(3)
+            parts |= {f"{prefix}qk.{name}": torch.cat([queries, keys]), f"{prefix}v.{name}": values}
+    return parts
+
 
 class RelPosAttention(Attention):
     """Softmax attention with decomposed relative position embedding (ViTDet, arXiv 2203.16527).
@@ -67,6 +101,11 @@ class RelPosAttention(Attention):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, dim // num_heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, dim // num_heads))
 
+    def freeze_scores(self) -> None:
+        super().freeze_scores()
+        self.rel_pos_h.requires_grad_(False)
+        self.rel_pos_w.requires_grad_(False)
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, prefix: int, key_mask: Tensor | None, shared) -> Tensor:
         rows, columns = grid
         q_map = q.unflatten(2, (rows, columns))  # (B, h, H, W, d)
@@ -87,15 +126,18 @@ def mimetic_start(attention: Attention) -> None:
     """
     dim = attention.proj.in_features
     head_dim = dim // attention.num_heads
-    queries, keys, values = attention.qkv.weight.view(3, dim, dim).unbind(0)  # rows are outputs: Wᵀ
+    qkv = attention.qkv
+    layers = (qkv.qk, qkv.v) if isinstance(qkv, FrozenScoresLinear) else (qkv,)
+    queries, keys, values = (w for layer in layers for w in layer.weight.split(dim))  # rows are outputs: Wᵀ
     for rows in torch.arange(dim, device=queries.device).split(head_dim):
         left, right = _square_root_factors(0.7, 0.7, queries)
         queries[rows], keys[rows] = left[:, :head_dim].T, right[:head_dim]
     left, right = _square_root_factors(0.4, -0.4, values)
     values.copy_(left.T)
     attention.proj.weight.copy_(right.T)
-    if attention.qkv.bias is not None:
-        nn.init.zeros_(attention.qkv.bias)
+    for layer in layers:
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
     nn.init.zeros_(attention.proj.bias)
 
 

@@ -41,6 +41,11 @@ class GatedAttention(GPSA):
         mixed = (1 - gate) * by_content + gate * by_position
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2).to(x.dtype)))
 
+    def freeze_scores(self) -> None:
+        """Keeps all that weighs the tokens as it starts, positions and gates too; values and projection are trained."""
+        for part in (self.qk, self.pos_proj, self.gating_param):
+            part.requires_grad_(False)
+
     def _positions(self, size: int, channel: int, real: Tensor | None) -> Tensor:
         """(B or 1, h, size, size): softmax over one axis of its term of the positional score."""
         position = torch.arange(size, device=self.pos_proj.weight.device, dtype=torch.float32)

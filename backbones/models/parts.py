@@ -19,7 +19,7 @@ def make_operator(config: BackboneConfig, block: int, num_heads: int) -> nn.Modu
     attention, kind = config.attention, config.attention_kind(block)
     if kind != "karat":
         return PointwiseOperator(kind, attention.drop_rate)
-    return KArAtOperator(
+    operator = KArAtOperator(
         num_heads if attention.heads is None else len(attention.heads),
         config.token_grid(block),
         int(config.class_token),
@@ -35,6 +35,7 @@ def make_operator(config: BackboneConfig, block: int, num_heads: int) -> nn.Modu
         attention.init,
         attention.compiled,
     )
+    return operator.requires_grad_(not attention.frozen)
 
 
 def make_shared_operator(config: BackboneConfig) -> KArAtOperator | None:
@@ -49,24 +50,31 @@ def make_attention(config: BackboneConfig, block: int) -> nn.Module:
     attention, kind = config.attention, config.attention_kind(block)
     sizes, rates = (config.embed_dim, config.num_heads, config.qkv_bias), (config.drop_rate, attention.drop_rate)
     if kind == "gpsa":
-        return GatedAttention(*sizes, *rates)
-    if kind == "softmax" and attention.rel_pos:
-        return RelPosAttention(*sizes, config.token_grid(block), *rates)
-    if kind == "softmax":
-        return Attention(*sizes, *rates)
-    shared = kind == "karat" and attention.mode == "universal"
-    operator = None if shared else make_operator(config, block, config.num_heads)
-    return OperatorAttention(*sizes, operator, *rates, attention.heads)
+        module: nn.Module = GatedAttention(*sizes, *rates)
+    elif kind == "softmax" and attention.rel_pos:
+        module = RelPosAttention(*sizes, config.token_grid(block), *rates)
+    elif kind == "softmax":
+        module = Attention(*sizes, *rates)
+    else:
+        shared = kind == "karat" and attention.mode == "universal"
+        operator = None if shared else make_operator(config, block, config.num_heads)
+        module = OperatorAttention(*sizes, operator, *rates, attention.heads)
+    if config.freezes_scores(block):
+        module.freeze_scores()
+    return module
 
 
 def make_feed_forward(config: BackboneConfig, dim: int) -> nn.Module:
     """The feed-forward of a block of width ``dim``."""
     ffn, hidden = config.ffn, int(dim * config.ffn.ratio)
-    if ffn.kind == "mlp":
-        return Mlp(dim, hidden, drop=config.drop_rate)
+    if ffn.kind in ("mlp", "linear"):
+        return Mlp(dim, hidden, act_layer=nn.GELU if ffn.kind == "mlp" else nn.Identity, drop=config.drop_rate)
     if ffn.kind == "kan":
         return SplineKAN(dim, hidden, ffn.grid, ffn.order, config.drop_rate)
-    return GRKAN(dim, hidden, ffn.groups, ffn.degrees, ffn.init, ffn.weight_init, ffn.denominator, config.drop_rate)
+    grkan = GRKAN(dim, hidden, ffn.groups, ffn.degrees, ffn.init, ffn.weight_init, ffn.denominator, config.drop_rate)
+    for rational in (grkan.act1, grkan.act2):
+        rational.requires_grad_(not ffn.frozen)
+    return grkan
 
 
 def start_linear(network: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import BackboneConfig, check_patch_multiple
-from ..layers.attention import mimetic_start
+from ..layers.attention import FrozenScoresLinear, mimetic_start
 from ..layers.karat import KArAtOperator
 from ..layers.windows import window_partition, window_unpartition
 from . import parts
@@ -30,6 +30,9 @@ class WindowAttention(timm_swin.WindowAttention):
         super().__init__(dim, num_heads, window_size=config.window_size, qkv_bias=config.qkv_bias, **rates)
         softmax = config.attention_kind(index) == "softmax"
         self.operator = None if softmax else parts.make_operator(config, index, num_heads)
+        if config.freezes_scores(index):
+            self.qkv = FrozenScoresLinear(self.qkv)
+            self.relative_position_bias_table.requires_grad_(False)
 
     def forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
         """Mixes windows (B·n, N, C); ``key_mask`` (B·n, N) bool, True = real token."""
