@@ -31,7 +31,7 @@ from .data import TRAIN_NAMES, VAL_NAMES, Source, open_split, start_epoch, train
 WEIGHTS, STATE = "model.safetensors", "checkpoint.pt"
 
 
-def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> dict[str, float]:
+def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> dict[str, Any]:
     """Trains by ``recipe`` and writes weights, logs and metrics.json into ``recipe.output``; returns the metrics.
 
     Raises:
@@ -66,7 +66,7 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
         _announce(recipe, network, source, held_out, steps, batch, f"{precision or 'fp32'} on {world.device}")
 
     seen, busy = 0, 0.0
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
     for epoch in range(start, options.epochs):
         began = time.perf_counter()
         loss = _train_epoch(
@@ -76,18 +76,18 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
         seen += steps * batch
         last = epoch + 1 == options.epochs
         if (epoch + 1) % options.eval_every == 0 or last:
-            metrics = evaluate(ema.module if ema else network, val_batches, precision, world)
+            metrics = evaluate(ema.module if ema else network, val_batches, precision, world, source.classes)
             if log:
-                log.write((epoch + 1) * steps, epoch + 1, "val", metrics)
+                log.write((epoch + 1) * steps, epoch + 1, "val", _scalars(metrics))
         if world.is_main:
-            shown = "".join(f" {k} {v:.2f}" for k, v in metrics.items())
+            shown = "".join(f" {k} {v:.2f}" for k, v in _scalars(metrics).items())
             print(
                 f"epoch {epoch + 1}/{options.epochs}  train loss {loss:.3f} {shown}  {seen / busy:.0f} images/s",
                 flush=True,
             )
             _save_state(output / STATE, network, ema, optimizer, epoch + 1)
     if not metrics:  # resumed after its last epoch
-        metrics = evaluate(ema.module if ema else network, val_batches, precision, world)
+        metrics = evaluate(ema.module if ema else network, val_batches, precision, world, source.classes)
 
     final = ema.module if ema else network
     if world.is_main:
@@ -155,7 +155,7 @@ def _announce(
     )
 
 
-def evaluate_only(recipe: Recipe, device: str | None = None) -> dict[str, float]:
+def evaluate_only(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     """Evaluates ``output``'s weights (or model.weights) on the validation images and writes metrics.json."""
     world = _Processes(device)
     trained = Path(recipe.output) / WEIGHTS
@@ -165,11 +165,12 @@ def evaluate_only(recipe: Recipe, device: str | None = None) -> dict[str, float]
     network, metadata = load_trained(path, str(world.device))
     source = open_split(recipe.data.root, recipe.data.val, VAL_NAMES, metadata["classes"])
     batches = val_loader(recipe, source, network.config.img_size, world.device, world.rank, world.size)
-    metrics = evaluate(network, batches, _precision(recipe.train.precision, world.device), world)
+    precision = _precision(recipe.train.precision, world.device)
+    metrics = evaluate(network, batches, precision, world, metadata["classes"])
     metrics |= _measure(network, network.config.img_size, recipe.train.batch_size, world.device)
     if world.is_main:
         write_json(make_folder(recipe.output) / "metrics.json", metrics)
-        print(" ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+        print(" ".join(f"{name} {value:.2f}" for name, value in _scalars(metrics).items()))
     world.close()
     return metrics
 
@@ -192,22 +193,40 @@ def load_trained(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, batches, precision: torch.dtype | None, world: "_Processes") -> dict[str, float]:
-    """top1 and top5 in percent and the cross-entropy over all processes' images."""
+def evaluate(
+    network: nn.Module, batches, precision: torch.dtype | None, world: "_Processes", classes: list[str]
+) -> dict[str, Any]:
+    """top1 and top5 in percent and the cross-entropy over all processes' images, and top1 of each class's images.
+
+    A class without images has None there.
+    """
     network.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, images
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # top-5, loss
+    by_class = torch.zeros(2, len(classes), dtype=torch.float64, device=world.device)  # top-1, images
     for images, targets in batches:
         images, targets = images.to(world.device), targets.to(world.device)
         with torch.autocast(world.device.type, dtype=precision, enabled=precision is not None):
             logits = network(images)
         logits = logits.float()
         ranked = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        sums += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, ranked.new_tensor(len(targets), dtype=torch.int)])
+        sums += torch.stack([ranked.sum(), F.cross_entropy(logits, targets, reduction="sum")])
+        for row, counted in zip(by_class, (ranked[:, 0], torch.ones_like(targets)), strict=True):
+            row.index_add_(0, targets, counted.to(row.dtype))
     if world.size > 1:
         dist.all_reduce(sums)
-    top1, top5, loss, images = sums.tolist()
-    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
+        dist.all_reduce(by_class)
+    (top5, loss), images = sums.tolist(), by_class[1].sum().item()
+    shares = (100 * by_class[0] / by_class[1]).tolist()
+    return {
+        "top1": 100 * by_class[0].sum().item() / images,
+        "top5": 100 * top5 / images,
+        "loss": loss / images,
+        "top1_per_class": {n: None if math.isnan(s) else s for n, s in zip(classes, shares, strict=True)},
+    }
+
+
+def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
 def _train_epoch(

@@ -31,13 +31,29 @@ def has_compiled_detectron2() -> bool:
     return True
 
 
+class ByClassEvaluator(COCOEvaluator):
+    """Detectron2's, which gives AP by class, with AP at an IoU of 0.5 by class too (``AP50-name``)."""
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None) -> dict:
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if coco_eval is None or not class_names:
+            return results
+        half = coco_eval.params.iouThrs.tolist().index(0.5)
+        # (recalls, classes): all areas, the most detections per image; -1 where a class has no object.
+        precision = coco_eval.eval["precision"][half, :, :, 0, -1]
+        for name, values in zip(class_names, precision.T, strict=True):
+            values = values[values > -1]
+            results[f"AP50-{name}"] = float(100 * values.mean()) if values.size else math.nan
+        return results
+
+
 def evaluate(cfg: CfgNode, model: nn.Module, dataset: str) -> dict[str, Any]:
     """COCO figures in percent (box_ap, box_ap50, box_ap75, mask_ap, ..., by class); {} off the main process."""
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     distributed = comm.get_world_size() > 1
     # COCO's evaluation prints a page per task; the figures come back as a dict.
     with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
-        evaluator = COCOEvaluator(dataset, tasks, distributed, use_fast_impl=has_compiled_detectron2())
+        evaluator = ByClassEvaluator(dataset, tasks, distributed, use_fast_impl=has_compiled_detectron2())
         results = inference_on_dataset(model, evaluation_loader(cfg, dataset), evaluator)
     if not comm.is_main_process():
         return {}
@@ -48,9 +64,11 @@ def evaluate(cfg: CfgNode, model: nn.Module, dataset: str) -> dict[str, Any]:
         if task not in tasks:
             continue
         figures |= {f"{short}_{ours}": _finite(found.get(theirs), 0.0) for theirs, ours in _NAMES.items()}
-        # With one class Detectron2 gives no table by class; a class without objects has no figure.
+        # With one class Detectron2 gives no table by class; a class without objects has no figure. Without predictions
+        # it gives nothing by class.
         per_class = {name: _finite(found.get(f"AP-{name}"), None) for name in classes}
         figures[f"{short}_ap_per_class"] = per_class if len(classes) > 1 else {classes[0]: figures[f"{short}_ap"]}
+        figures[f"{short}_ap50_per_class"] = {name: _finite(found.get(f"AP50-{name}", 0.0), None) for name in classes}
     return figures
 
 

@@ -28,7 +28,7 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
     ),
-    backbone=dict(type="KarvisBackbone", drop_path=0.1, weights=None),
+    backbone=dict(type="KarvisBackbone", drop_path=0.1, attention=dict(), ffn=dict(), weights=None),
     neck=dict(type="Feature2Pyramid", rescales=[4, 2, 1, 0.5], norm_cfg=norm_cfg),
     decode_head=dict(
         type="UPerHead",
