@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from .objects import CLASSES
-from .scenes import SCENE_SIZE, Instance, Scene, make_object, make_scene
+from .relations import KINDS, RELATIONS
+from .scenes import CLASSES, SCENE_SIZE, Instance, Scene, make_object, make_scene
 
 # Not contiguous, as in COCO itself.
-CATEGORY_IDS = (1, 2, 3, 5, 6, 8, 9, 11)
+CATEGORY_IDS = (1, 2, 3, 5, 6, 8, 9, 11, 13, 14)
 SEGMENTATION_CLASSES = ("background", *CLASSES)  # mask values 1, 2, ...; 0 is unlabelled
 SPLITS = ("train", "val")
 _ADE_SPLIT = {"train": "training", "val": "validation"}
@@ -28,11 +28,11 @@ def generator(seed: int, split: str, kind: int, index: int) -> np.random.Generat
 
 
 def write_classification(folder: Path, split: str, seed: int, per_class: int) -> None:
-    """``folder/split/class/00000.jpg``."""
+    """``folder/split/class/00000.jpg``: ``per_class`` images of an object, and as many of each kind of a relation."""
     for label, name in enumerate(CLASSES):
         target = folder / split / name
         target.mkdir(parents=True)
-        for index in range(per_class):
+        for index in range(per_class * (len(KINDS) if name in RELATIONS else 1)):
             _save_jpeg(make_object(split, label, generator(seed, split, 1 + label, index)), target / f"{index:05d}.jpg")
 
 
@@ -62,6 +62,8 @@ def segmentation_mask(scene: Scene) -> NDArray:
     values = np.ones(scene.image.shape[:2], np.uint8)
     border = np.zeros(values.shape, bool)
     for instance in scene.instances:
+        if instance.label is None:
+            continue
         values[instance.mask] = 0 if instance.unlabelled else 2 + instance.label
         inside = instance.mask.astype(np.uint8)
         border |= cv2.erode(inside, np.ones((3, 3), np.uint8), borderValue=1).astype(bool) != instance.mask
@@ -75,7 +77,7 @@ def coco_dataset(scenes: Iterable[tuple[str, Scene]]) -> dict[str, Any]:
     for image_id, (file_name, scene) in enumerate(scenes, start=1):
         images.append({"id": image_id, "file_name": file_name, "height": SCENE_SIZE, "width": SCENE_SIZE})
         for instance in scene.instances:
-            if instance.mask.sum() < _MIN_AREA:
+            if instance.label is None or instance.mask.sum() < _MIN_AREA:
                 continue
             number = len(annotations) + 1
             annotations.append(

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-_SUPERSAMPLE = 4
+SUPERSAMPLE = 4
 HUE_SPREAD = 0.09  # half width of a class's hues; neighbours lie 1/8 apart, so the ranges overlap
 
 
@@ -66,7 +66,7 @@ OUTLINES: dict[str, list[NDArray]] = {
     "heart": [_heart()],
     "arrow": [_arrow()],
 }
-CLASSES: tuple[str, ...] = tuple(OUTLINES)
+OBJECTS: tuple[str, ...] = tuple(OUTLINES)
 
 
 def _wave(x: NDArray) -> NDArray:
@@ -91,7 +91,6 @@ TEXTURES: dict[str, Callable[..., NDArray]] = {
 class Drawn:
     """One object on the canvas: opacity (H, W) in 0..1 and colour (H, W, 3) in 0..1, valid where opacity > 0."""
 
-    label: int
     opacity: NDArray
     colour: NDArray
     row: int
@@ -102,11 +101,11 @@ def draw(label: int, centre: tuple[float, float], radius: float, rng: np.random.
     """Draws an object of class ``label`` around ``centre`` (x, y) on a patch of its own size.
 
     Args:
-        label: index into CLASSES.
+        label: index into OBJECTS.
         centre: pixels; the patch's top-left corner is returned as ``row``, ``column`` and may lie outside the scene.
         radius: half the object's size, pixels.
     """
-    name = CLASSES[label]
+    name = OBJECTS[label]
     angle = rng.uniform(0, 2 * np.pi)
     stretch = rng.uniform(0.85, 1.18)
     column, row = int(np.floor(centre[0] - radius * 1.2)) - 1, int(np.floor(centre[1] - radius * 1.2)) - 1
@@ -114,10 +113,10 @@ def draw(label: int, centre: tuple[float, float], radius: float, rng: np.random.
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     offset = np.array([centre[0] - column, centre[1] - row])
     curves = [
-        np.round(((points * (stretch, 1 / stretch)) @ turn.T * radius + offset) * _SUPERSAMPLE).astype(np.int32)
+        np.round(((points * (stretch, 1 / stretch)) @ turn.T * radius + offset) * SUPERSAMPLE).astype(np.int32)
         for points in OUTLINES[name]
     ]
-    fine = np.zeros((size * _SUPERSAMPLE, size * _SUPERSAMPLE), np.uint8)
+    fine = np.zeros((size * SUPERSAMPLE, size * SUPERSAMPLE), np.uint8)
     cv2.fillPoly(fine, curves, 255)
     opacity = cv2.resize(fine, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
@@ -132,18 +131,19 @@ def draw(label: int, centre: tuple[float, float], radius: float, rng: np.random.
     light = rng.uniform(0, 2 * np.pi)
     slope = (np.cos(light) * (xs - offset[0]) + np.sin(light) * (ys - offset[1])) / radius
     colour = colour * (rng.uniform(0.75, 1.1) + rng.uniform(0.05, 0.3) * slope)[..., None]
-    return Drawn(label, opacity, colour.clip(0, 1).astype(np.float32), row, column)
+    return Drawn(opacity, colour.clip(0, 1).astype(np.float32), row, column)
 
 
 def _colours(label: int, rng: np.random.Generator) -> tuple[NDArray, NDArray]:
-    hue = (label / len(CLASSES) + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1
-    first = _rgb(hue, rng.uniform(0.45, 0.95), rng.uniform(0.65, 1.0))
+    hue = (label / len(OBJECTS) + rng.uniform(-HUE_SPREAD, HUE_SPREAD)) % 1
+    first = rgb(hue, rng.uniform(0.45, 0.95), rng.uniform(0.65, 1.0))
     # The texture's second colour is much darker or much paler than the first.
     if rng.random() < 0.6:
-        return first, _rgb(hue, rng.uniform(0.4, 0.9), rng.uniform(0.12, 0.35))
-    return first, _rgb(hue, rng.uniform(0.0, 0.2), rng.uniform(0.85, 1.0))
+        return first, rgb(hue, rng.uniform(0.4, 0.9), rng.uniform(0.12, 0.35))
+    return first, rgb(hue, rng.uniform(0.0, 0.2), rng.uniform(0.85, 1.0))
 
 
-def _rgb(hue: float, saturation: float, value: float) -> NDArray:
+def rgb(hue: float, saturation: float, value: float) -> NDArray:
+    """The colour (3,) of a hue in turns, saturation and value, all 0 to 1."""
     channel = (np.array([5.0, 3.0, 1.0]) + hue * 6) % 6
     return value * (1 - saturation * np.clip(np.minimum(channel, 4 - channel), 0, 1))

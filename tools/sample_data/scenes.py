@@ -11,10 +11,14 @@ from PIL import Image
 
 from backbones.utils.errors import UserError
 
-from .objects import CLASSES, Drawn, draw
+from .objects import OBJECTS, Drawn, draw
+from .relations import KINDS, RELATIONS, place
 
 SCENE_SIZE = 128
 OBJECT_SIZE = 64
+CLASSES = (*OBJECTS, *RELATIONS)
+# Farther than a window of attention in detection (64 pixels); images for classification are half as large.
+APART = 66.0
 CROWD_SHARE = 0.08  # of the scenes
 UNLABELLED_SHARE = 0.05  # of the objects, in the segmentation masks only
 # Photographs inside scikit-image's wheel. No photograph serves both training and validation.
@@ -26,9 +30,12 @@ PHOTOGRAPHS = {
 
 @dataclass
 class Instance:
-    """A visible object, or a group of small ones (``crowd``): its class and its visible pixels (H, W) bool."""
+    """A visible object, or a group of small ones (``crowd``): its class and its visible pixels (H, W) bool.
 
-    label: int
+    ``label`` indexes CLASSES; None = part of the picture that has no name.
+    """
+
+    label: int | None
     mask: NDArray
     crowd: bool = False
     unlabelled: bool = False
@@ -93,25 +100,23 @@ def _finish(canvas: NDArray, rng: np.random.Generator) -> NDArray:
 
 
 def make_scene(split: str, rng: np.random.Generator) -> Scene:
-    """A scene of SCENE_SIZE pixels with two to six objects and now and then a crowd of small ones."""
+    """A scene of SCENE_SIZE pixels: a relation, one to four objects, and now and then a crowd of small ones."""
     canvas = background(split, SCENE_SIZE, rng)
-    instances: list[Instance] = []
-    areas: list[int] = []  # pixels before occlusion
-    if rng.random() < CROWD_SHARE:
-        crowd = _draw_crowd(canvas, rng)
-        instances.append(crowd)
-        areas.append(int(crowd.mask.sum()))
-    for _ in range(rng.integers(2, 7)):
+    instances = [_draw_crowd(canvas, rng)] if rng.random() < CROWD_SHARE else []
+    _add_relation(canvas, instances, rng)
+    areas = [int(instance.mask.sum()) for instance in instances]  # pixels before occlusion
+    for _ in range(rng.integers(1, 5)):
         radius = float(np.exp(rng.uniform(np.log(10), np.log(30))))
-        label = int(rng.integers(len(CLASSES)))
+        label = int(rng.integers(len(OBJECTS)))
         for _attempt in range(8):
             centre = rng.uniform(0.6 * radius, SCENE_SIZE - 0.6 * radius, size=2)
             drawn = draw(label, (centre[0], centre[1]), radius, rng)
             trial = canvas.copy()
             mask = _paste(trial, drawn) >= 0.5
-            # Every object keeps at least half of its pixels in sight.
+            # Every object keeps at least half of its pixels in sight, and a relation's parts nearly all.
             remaining = [(i.mask & ~mask).sum() for i in instances]
-            if all(left >= 0.5 * area for left, area in zip(remaining, areas, strict=True)):
+            kept = [0.5 if i.label is not None and i.label < len(OBJECTS) else 0.9 for i in instances]
+            if all(left >= k * area for left, k, area in zip(remaining, kept, areas, strict=True)):
                 canvas = trial
                 for instance in instances:
                     instance.mask &= ~mask
@@ -121,8 +126,18 @@ def make_scene(split: str, rng: np.random.Generator) -> Scene:
     return Scene(_finish(canvas, rng), instances)
 
 
+def _add_relation(canvas: NDArray, instances: list[Instance], rng: np.random.Generator) -> None:
+    """Draws a relation of any kind over what is there."""
+    name, kind = str(rng.choice(RELATIONS)), str(rng.choice(list(KINDS)))
+    for part in place(kind, name, SCENE_SIZE, 11.0, APART, rng):
+        mask = _paste(canvas, part.drawn) >= 0.5
+        for instance in instances:
+            instance.mask &= ~mask
+        instances.append(Instance(CLASSES.index(name) if part.is_target else None, mask))
+
+
 def _draw_crowd(canvas: NDArray, rng: np.random.Generator) -> Instance:
-    label = int(rng.integers(len(CLASSES)))
+    label = int(rng.integers(len(OBJECTS)))
     middle = rng.uniform(30, SCENE_SIZE - 30, size=2)
     mask = np.zeros(canvas.shape[:2], bool)
     for _ in range(rng.integers(5, 9)):
@@ -132,8 +147,12 @@ def _draw_crowd(canvas: NDArray, rng: np.random.Generator) -> Instance:
 
 
 def make_object(split: str, label: int, rng: np.random.Generator) -> NDArray:
-    """An image of OBJECT_SIZE pixels with one object of class ``label``, (H, W, 3) uint8."""
+    """An image of OBJECT_SIZE pixels with one object or relation of class ``label``, (H, W, 3) uint8."""
     canvas = background(split, OBJECT_SIZE, rng)
+    if label >= len(OBJECTS):
+        for part in place(str(rng.choice(list(KINDS))), CLASSES[label], OBJECT_SIZE, 7.5, APART / 2, rng):
+            _paste(canvas, part.drawn)
+        return _finish(canvas, rng)
     radius = float(np.exp(rng.uniform(np.log(12), np.log(30))))
     slack = max(OBJECT_SIZE / 2 - radius * 0.9, 2)
     centre = OBJECT_SIZE / 2 + rng.uniform(-slack, slack, size=2)

@@ -1,15 +1,19 @@
 """Running the jobs of a comparison: several at a time, each in a process, continuing what was interrupted."""
 
+import ctypes
 import os
+import signal
 import subprocess
+import sys
 import time
 
-from backbones.utils.errors import UserError
 from backbones.utils.files import make_folder, read_json
 
 from .plan import ROOT, Job
 
 LOG = "log.txt"
+_LOG_LINES = 5
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _SHOWN = {
     "classification": ("top1",),
     "detection": ("box_ap50", "box_ap", "mask_ap"),
@@ -24,18 +28,18 @@ def default_jobs() -> int:
     return torch.cuda.device_count() or min(4, os.cpu_count() or 1)
 
 
-def run_jobs(jobs: list[Job], slots: int) -> None:
+def run_jobs(jobs: list[Job], slots: int) -> dict[str, str]:
     """Runs every job that is not done, pretraining before what starts from it.
 
-    Raises:
-        UserError: when a run failed, with the end of its log; the others are finished first.
+    Returns:
+        For each job that failed, by name: how its log ends, or the pretraining that it waited for.
     """
     waiting = [job for job in jobs if not job.is_done()]
     for job in jobs:
         if job.is_done():
             print(f"[done before] {job.name}: {_figures(job)}", flush=True)
     running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by slot
-    failed: list[Job] = []
+    failed: dict[str, str] = {}
     try:
         while waiting or running:
             for slot in sorted(set(range(slots)) - set(running)):
@@ -49,19 +53,13 @@ def run_jobs(jobs: list[Job], slots: int) -> None:
             for slot in [slot for slot, (_, process, _) in running.items() if process.poll() is not None]:
                 job, process, began = running.pop(slot)
                 if not _ended_well(job, process.returncode, time.monotonic() - began, jobs):
-                    failed.append(job)
+                    failed[job.name] = _end_of_log(job)
     finally:
         for _, process, _ in running.values():
             process.terminate()
         for _, process, _ in running.values():
             process.wait()
-    if failed:
-        log = (failed[0].folder / LOG).read_text(encoding="utf-8", errors="replace").strip()
-        raise UserError(
-            f"{len(failed)} of {len(jobs)} runs failed. The first, {failed[0].name}, ended with:\n"
-            + "\n".join(f"  {line}" for line in log.splitlines()[-5:])
-            + "\nMend the cause and give the same command again: finished runs are kept."
-        )
+    return failed | {job.name: f"the pretraining of {job.pretraining!r} is missing." for job in waiting}
 
 
 def _ended_well(job: Job, code: int, seconds: float, jobs: list[Job]) -> bool:
@@ -75,10 +73,18 @@ def _ended_well(job: Job, code: int, seconds: float, jobs: list[Job]) -> bool:
     return well
 
 
+def _end_of_log(job: Job) -> str:
+    log = (job.folder / LOG).read_text(encoding="utf-8", errors="replace")
+    return "\n".join(log.strip().splitlines()[-_LOG_LINES:])
+
+
 def _next(waiting: list[Job], jobs: list[Job]) -> Job | None:
     """The first job whose pretraining is done."""
-    done = {job.family for job in jobs if job.task == "classification" and job.is_done()}
-    return next((job for job in waiting if job.task == "classification" or job.family in done), None)
+
+    def ready(job: Job) -> bool:
+        return job.task == "classification" or any(job.starts_from(other) and other.is_done() for other in jobs)
+
+    return next(filter(ready, waiting), None)
 
 
 def _start(job: Job, slot: int, slots: int) -> subprocess.Popen:
@@ -94,8 +100,22 @@ def _start(job: Job, slot: int, slots: int) -> subprocess.Popen:
         log.flush()
         print(f"[started] {job.name}{' again' if resume else ''}", flush=True)
         return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=environment,
+            preexec_fn=_die_with_the_suite if _LIBC else None,  # noqa: PLW1509
         )
+
+
+def _die_with_the_suite() -> None:
+    """Ends a run when the suite was killed: two runs in one folder, the old and its continuation, would spoil it.
+
+    Called between fork and exec; the suite has one thread, so no lock can be held then.
+    """
+    _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _figures(job: Job) -> str:

@@ -1,0 +1,74 @@
+"""Speed and memory of each row's bare backbone, measured alone on the machine, twice, in turns.
+
+python tools/suite/speed.py < ROW    # one measurement, in a process of its own, as JSON; the suite calls it
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .plan import ROOT
+from .rows import Row
+
+BATCH = 32
+ROUNDS = 2
+_SEED = 0
+
+
+def measure_rows(rows: Sequence[Row], size: str, path: Path) -> dict[str, dict[str, list[float | None]]]:
+    """Measures the rows that ``path`` lacks, each ``ROUNDS`` times in turns, and adds them to it; returns all of it.
+
+    Returns:
+        By row: images_per_s, train_images_per_s and memory_mib, the growth of memory beyond the weights in a training
+        step of BATCH images (None where this system cannot tell), each with ROUNDS values.
+    """
+    from backbones.utils.files import read_json, write_json
+
+    known = read_json(path, "speed") if path.is_file() else {}
+    missing = [row for row in rows if row.name not in known]
+    found: dict[str, dict[str, list[float | None]]] = {row.name: {} for row in missing}
+    for turn in range(ROUNDS):
+        for row in missing if turn % 2 == 0 else missing[::-1]:
+            for name, value in _measure_apart(row, size).items():
+                found[row.name].setdefault(name, []).append(value)
+    known |= found
+    if found:
+        write_json(path, known)
+    return {row.name: known[row.name] for row in rows}
+
+
+def _measure_apart(row: Row, size: str) -> dict[str, float | None]:
+    config = json.dumps(row.backbone(size).to_dict())
+    code = "from suite.speed import measure; measure()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=config, capture_output=True, text=True, check=True, cwd=ROOT / "tools"
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure() -> None:
+    """Prints the figures of the backbone whose config comes on standard input."""
+    import torch
+
+    from backbones import BackboneConfig, create_backbone
+    from backbones.utils.measure import images_per_second
+    from bench.timing import peak_mib
+
+    config: dict[str, Any] = json.load(sys.stdin)
+    torch.manual_seed(_SEED)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = create_backbone(BackboneConfig.from_dict(config), num_classes=10, weights=None).to(device)
+    images = torch.randn(BATCH, 3, *network.config.img_size, device=device)
+
+    def step() -> None:
+        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            network(images).logsumexp(1).mean().backward()
+
+    step()  # what is made once, such as kernels and gradients, is not of the step
+    figures = {"memory_mib": peak_mib(step, device), "train_images_per_s": images_per_second(step, BATCH)}
+    network.eval()
+    figures["images_per_s"] = images_per_second(lambda: network(images), BATCH)
+    print(json.dumps(figures))
