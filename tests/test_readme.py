@@ -27,6 +27,7 @@ SHORTER = {
     "tools/pretrain_cls.py": ["train.epochs=1", "train.warmup_epochs=0", "train.batch_size=16"],
     "tools/train_net.py": ["SOLVER.EPOCHS", "1.0"],
     "tools/train_seg.py": ["schedule.epochs=1", "schedule.val_epochs=1"],
+    "tools/run_suite.py": ["--quick", "--seeds", "1"],
 }
 
 

@@ -10,8 +10,9 @@ import pytest
 from make_sample_data import main, make_sample_data
 from PIL import Image
 from pycocotools.coco import COCO
-from sample_data.objects import CLASSES
-from sample_data.scenes import PHOTOGRAPHS
+from sample_data.objects import OBJECTS as NAMES
+from sample_data.relations import HUES, KINDS, RELATIONS, place
+from sample_data.scenes import APART, CLASSES, PHOTOGRAPHS, SCENE_SIZE, make_scene
 
 from backbones.utils.errors import UserError
 
@@ -51,7 +52,7 @@ def test_training_and_validation_share_no_photograph():
 @pytest.mark.parametrize(("split", "count"), [("train", OBJECTS[0]), ("val", OBJECTS[1])])
 def test_classification_has_one_folder_per_class(made, split, count):
     folders = {p.name: len(list(p.glob("*.jpg"))) for p in (made / "classification" / split).iterdir()}
-    assert folders == dict.fromkeys(CLASSES, count)
+    assert folders == dict.fromkeys(NAMES, count) | dict.fromkeys(RELATIONS, count * len(KINDS))
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +167,48 @@ def test_sizes_below_one_are_refused(tmp_path, arguments):
     with pytest.raises(UserError, match=r"at least 1|0 or more"):
         main(["--out", str(tmp_path / "d"), *arguments])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", RELATIONS)
+def test_targets_of_a_relation_look_alike_and_lie_farther_from_their_cue_than_a_window(kind, name):
+    for seed in range(20):
+        parts = place(kind, name, SCENE_SIZE, 11.0, APART, np.random.default_rng(seed))
+        targets = [part for part in parts if part.is_target]
+        cue = parts[len(targets)]
+        assert len(targets) == KINDS[kind].count
+        centres = [np.array([p.drawn.column, p.drawn.row]) + len(p.drawn.opacity) / 2 for p in (*targets, cue)]
+        assert all(np.linalg.norm(centre - centres[-1]) > 64 for centre in centres[:-1])
+        assert all(np.ptp(part.drawn.colour[part.drawn.opacity > 0.5], axis=-1).max() == 0 for part in targets)
+        assert colour_name(cue) == name
+
+
+def colour_name(part):
+    """What the colour of a part says, by its hue."""
+    red, _, blue = part.drawn.colour[len(part.drawn.opacity) // 2, len(part.drawn.opacity) // 2]
+    return "warm" if red > blue else "cold"
+
+
+def test_a_target_s_name_cannot_be_told_from_its_own_pixels():
+    """The same numbers, drawn with either name, differ in the colour of the cue alone."""
+    for kind in KINDS:
+        warm, cold = (place(kind, name, SCENE_SIZE, 11.0, APART, np.random.default_rng(5)) for name in HUES)
+        count = KINDS[kind].count
+        for a, b in zip(warm[:count], cold[:count], strict=True):
+            assert np.array_equal(a.drawn.colour, b.drawn.colour)
+            assert np.array_equal(a.drawn.opacity, b.drawn.opacity)
+        assert not np.array_equal(warm[count].drawn.colour, cold[count].drawn.colour)
+
+
+def test_cues_and_decoys_are_drawn_and_have_no_name():
+    scenes = [make_scene("train", np.random.default_rng(seed)) for seed in range(30)]
+    without = [instance for scene in scenes for instance in scene.instances if instance.label is None]
+    targets = [i for scene in scenes for i in scene.instances if i.label is not None and CLASSES[i.label] in RELATIONS]
+    assert len(without) >= len(scenes)
+    assert len(targets) >= len(scenes)
+    assert all(instance.mask.any() for instance in (*without, *targets))
+
+
+def test_both_names_and_all_kinds_are_about_equally_frequent(coco):
+    names = Counter(coco.cats[a["category_id"]]["name"] for a in coco.anns.values())
+    assert min(names[name] for name in RELATIONS) > 0.2 * sum(names[name] for name in RELATIONS)

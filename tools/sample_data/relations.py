@@ -26,7 +26,7 @@ class Kind:
     Args:
         target: outline of the targets (key of OUTLINES).
         cue: outline of the cue.
-        count: number of targets.
+        count: number of targets of one cue, at least.
         decoys: parts that look like a cue, but for its dark rim, and name nothing.
     """
 
@@ -39,7 +39,7 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "pair": Kind("square", "disc"),  # the second member of a pair decides the name of the first
     "key": Kind("ring", "disc", decoys=2),  # a key, known by its rim among parts like it, names the target
-    "odd": Kind("triangle", "triangle", count=3),  # equals, named by the odd one out
+    "odd": Kind("triangle", "triangle", count=2),  # equals, named by the odd one out
     "apart": Kind("cross", "cross"),  # two parts of one thing, each of which is needed to name it
 }
 
@@ -59,6 +59,7 @@ def place(
     radius: float,
     apart: float,
     rng: np.random.Generator,
+    copies: int = 1,
 ) -> list[Placed]:
     """The parts of a relation at random places of a square image, none upon another.
 
@@ -68,19 +69,21 @@ def place(
         size: side of the image, pixels.
         radius: mean half size of a part, pixels.
         apart: least distance of every target from its cue, pixels.
+        copies: how many times the kind's number of targets there are.
     """
     made = KINDS[kind]
-    count = made.count + 1 + made.decoys
+    targets = made.count * copies
+    count = targets + 1 + made.decoys
     while True:
         radii = radius * rng.uniform(0.8, 1.25, count)
         centres = rng.uniform(radii[:, None] + 1, size - radii[:, None] - 1, (count, 2))
         gaps = np.linalg.norm(centres[:, None] - centres, axis=-1)
         np.fill_diagonal(gaps, np.inf)
-        if (gaps > 1.2 * (radii[:, None] + radii)).all() and (gaps[: made.count, made.count] >= apart).all():
+        if (gaps > 1.2 * (radii[:, None] + radii)).all() and (gaps[:targets, targets] >= apart).all():
             break
     parts = []
     for index, (centre, r) in enumerate(zip(centres, radii, strict=True)):
-        is_target, is_cue = index < made.count, index == made.count
+        is_target, is_cue = index < targets, index == targets
         says = name if is_cue else str(rng.choice(RELATIONS))
         hue = None if is_target else float(rng.choice(HUES[says]))
         rim = is_cue and made.decoys > 0
