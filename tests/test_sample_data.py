@@ -200,13 +200,17 @@ def test_a_target_s_name_cannot_be_told_from_its_own_pixels():
         assert not np.array_equal(warm[count].drawn.colour, cold[count].drawn.colour)
 
 
-def test_cues_and_decoys_are_drawn_and_have_no_name():
-    scenes = [make_scene("train", np.random.default_rng(seed)) for seed in range(30)]
-    without = [instance for scene in scenes for instance in scene.instances if instance.label is None]
-    targets = [i for scene in scenes for i in scene.instances if i.label is not None and CLASSES[i.label] in RELATIONS]
-    assert len(without) >= len(scenes)
-    assert len(targets) >= len(scenes)
-    assert all(instance.mask.any() for instance in (*without, *targets))
+def test_cues_and_decoys_are_drawn_have_no_name_and_share_no_scene_with_objects():
+    scenes = [make_scene("train", np.random.default_rng(seed)) for seed in range(60)]
+    relations = [scene for scene in scenes if any(i.label is None for i in scene.instances)]
+    assert 20 <= len(relations) <= 40  # half of them
+    for scene in relations:
+        names = {CLASSES[i.label] for i in scene.instances if i.label is not None}
+        assert len(names) == 1
+        assert names <= set(RELATIONS)
+        assert all(instance.mask.any() for instance in scene.instances)
+    others = [i for scene in scenes if all(i.label is not None for i in scene.instances) for i in scene.instances]
+    assert {CLASSES[i.label] for i in others} == set(NAMES)
 
 
 def test_both_names_and_all_kinds_are_about_equally_frequent(coco):

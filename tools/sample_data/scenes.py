@@ -20,7 +20,7 @@ CLASSES = (*OBJECTS, *RELATIONS)
 # Farther than a window of attention in detection (64 pixels); images for classification are half as large.
 APART = 66.0
 RELATION_SHARE = 0.5  # of the scenes
-CROWD_SHARE = 0.08  # of the scenes
+CROWD_SHARE = 0.16  # of the scenes with objects
 UNLABELLED_SHARE = 0.05  # of the objects, in the segmentation masks only
 # Photographs inside scikit-image's wheel. No photograph serves both training and validation.
 PHOTOGRAPHS = {

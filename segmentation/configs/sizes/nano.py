@@ -3,7 +3,7 @@
 crop_size = 64
 log_interval = 10
 class_balance = 0.5  # most pixels are background: in few iterations nothing else would be learned
-schedule = dict(epochs=4, warmup_epochs=0.5, val_epochs=2, reference_batch_size=16)
+schedule = dict(epochs=8, warmup_epochs=0.5, val_epochs=4, reference_batch_size=16)
 
 model = dict(
     # Patch 8: strides 4, 8, 16 and 32, as for patch 16.
@@ -28,4 +28,8 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(num_workers=0, persistent_workers=False)
-optim_wrapper = dict(optimizer=dict(lr=2e-3, weight_decay=0.05), clip_grad=dict(_delete_=True, max_norm=1.0))
+optim_wrapper = dict(
+    optimizer=dict(lr=2e-3, weight_decay=0.05),
+    paramwise_cfg=dict(layer_decay=0.5),  # equal rates wipe out what the backbone was pretrained with
+    clip_grad=dict(_delete_=True, max_norm=1.0),
+)
