@@ -26,10 +26,10 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def sample_data(tmp_path_factory):
-    """The sample data set at its smallest: 24 + 8 scenes, 12 + 6 images per class."""
+    """The sample data set at its smallest: 24 + 8 scenes, 96 + 48 images of objects and relations."""
     from make_sample_data import make_sample_data
 
-    return make_sample_data(tmp_path_factory.mktemp("data") / "sample", seed=0, scenes=(24, 8), objects=(12, 6))
+    return make_sample_data(tmp_path_factory.mktemp("data") / "sample", seed=0, scenes=(24, 8), objects=(6, 3))
 
 
 @pytest.fixture(scope="session")

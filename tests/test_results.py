@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import update_readme
+import update_docs
 from scipy import stats
 
 from report.page import markdown_table
@@ -139,15 +139,20 @@ def test_the_same_runs_give_the_same_file_whatever_their_speed(finished, tmp_pat
     assert (tmp_path / "a" / "results.json").read_bytes() == (tmp_path / "b" / "results.json").read_bytes()
 
 
-def test_readme_s_table_is_that_of_the_demo_s_figures():
-    demo = json.loads((ROOT / "docs" / "demo.json").read_text(encoding="utf-8"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert update_readme.with_table(readme, markdown_table(demo["results"], demo["speed"])) == readme
-    assert demo["git_commit"]
-    assert demo["results"]["settings"]["seeds"] == [0]
-    assert "uniform" in demo["results"]["rows"]
+@pytest.mark.parametrize("name", update_docs.PAGES)
+def test_the_tables_of_the_documentation_are_those_of_their_figures(name):
+    saved = json.loads((ROOT / "docs" / f"{name}.json").read_text(encoding="utf-8"))
+    page = (ROOT / update_docs.PAGES[name][0]).read_text(encoding="utf-8")
+    assert update_docs.with_table(name, page, markdown_table(saved["results"], saved["speed"])) == page
+    assert saved["git_commit"]
 
 
-def test_a_readme_without_a_place_for_the_table_is_refused():
-    with pytest.raises(ValueError, match="no place for the table"):
-        update_readme.with_table("# Karvis", "| a |")
+def test_the_demo_is_one_seed_with_a_control():
+    results = json.loads((ROOT / "docs" / "demo.json").read_text(encoding="utf-8"))["results"]
+    assert results["settings"]["seeds"] == [0]
+    assert results["rows"]["uniform"]["control"] == "attention"
+
+
+def test_a_page_without_a_place_for_the_table_is_refused():
+    with pytest.raises(ValueError, match=r"README\.md has no place for the table"):
+        update_docs.with_table("demo", "# Karvis", "| a |")

@@ -176,8 +176,8 @@ def test_a_family_without_the_size_is_refused(tmp_path):
 
 def test_a_wrong_setting_of_a_task_is_named_before_anything_runs(tmp_path, data_file):
     rows = variants(tmp_path, "a: {family: vit, segmentation: [schedule.epoch=3]}")
-    with pytest.raises(ValueError, match="row 'a', segmentation: schedule has no key 'epoch'"):
-        check_settings(make_jobs(rows, "nano", read_data(str(data_file)), tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"v\.yaml: row 'a', segmentation: schedule has no key 'epoch'"):
+        check_settings(make_jobs(rows, "nano", read_data(str(data_file)), tmp_path / "out"), {"a": "v.yaml: "})
 
 
 @pytest.mark.parametrize(

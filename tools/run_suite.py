@@ -53,7 +53,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{name} is {value}; it must be at least 1.")
     named = arguments.backbones or ("" if arguments.variants else DEFAULT)
     rows = named_rows(named) if named or not arguments.variants else []
-    rows += read_variants(arguments.variants, arguments.size, rows) if arguments.variants else []
+    variants = read_variants(arguments.variants, arguments.size, rows) if arguments.variants else []
+    rows += variants
     size, tasks = check_size(arguments.size, rows), check_tasks(arguments.tasks)
     slots = arguments.jobs or default_jobs()
     out = Path(arguments.out).resolve()
@@ -64,7 +65,8 @@ def main(argv: list[str]) -> None:
         amount = SAMPLE["quick" if arguments.quick else "full"]
         data = sample_data(make_sample_data.make_sample_data(out / "data", seed=0, **amount))
     jobs = make_jobs(rows, size, data, out, settings["seeds"], settings["tasks"], arguments.quick)
-    check_settings([job for job in jobs if job.seed == 0])
+    where = {row.name: f"--variants {arguments.variants}: " for row in variants}
+    check_settings([job for job in jobs if job.seed == 0], where)
     write_json(out / "suite.json", settings | {"rows": [row.to_dict() for row in rows]})
     failures = run_jobs(jobs, slots)
     speed = measure_rows(rows, size, out / "speed.json")

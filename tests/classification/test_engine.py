@@ -55,8 +55,11 @@ def test_a_run_leaves_all_it_takes_to_repeat_and_judge_it(images, tmp_path, arch
     names = {(row["split"], row["name"]) for row in read_metrics(tmp_path / "run" / "metrics.jsonl")}
     assert {("train", "loss"), ("val", "top1")} <= names
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+    counts = {p.name: len(list(p.iterdir())) for p in (images / "val").iterdir()}
+    by_class = metrics["top1_per_class"]
+    assert sum(by_class[name] * count for name, count in counts.items()) / 48 == pytest.approx(metrics["top1"])
     again = engine.evaluate_only(recipe(images, tmp_path / "run"))
-    assert again["top1"] == metrics["top1"]
+    assert again["top1_per_class"] == by_class
     assert again["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
 
 
@@ -252,3 +255,15 @@ def test_cifar10_folders_train(real_data, tmp_path):
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (run["data_protocol"]["train_images"], run["data_protocol"]["val_images"]) == (120, 40)
     assert 0 <= metrics["top1"] <= 100
+
+
+def test_top1_by_class_is_of_that_class_s_images():
+    class Constant(torch.nn.Module):
+        def forward(self, images):
+            return torch.eye(4)[torch.full((len(images),), 2)]
+
+    world = engine._Processes("cpu")
+    batches = [(torch.zeros(3, 3, 8, 8), torch.tensor([0, 2, 2])), (torch.zeros(2, 3, 8, 8), torch.tensor([1, 2]))]
+    metrics = engine.evaluate(Constant(), batches, None, world, ["a", "b", "c", "d"])
+    assert metrics["top1_per_class"] == {"a": 0.0, "b": 0.0, "c": 100.0, "d": None}  # d has no image
+    assert metrics["top1"] == pytest.approx(60.0)

@@ -37,7 +37,7 @@ def drop_masks(dataset):
 def test_classes_and_their_number_come_from_the_json(tiny):
     cfg = tiny()
     training, test = register_datasets(cfg)
-    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 8
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 10
     assert training.classes == test.classes
     assert training.classes[:2] == ["disc", "square"]
     assert training.images == 24

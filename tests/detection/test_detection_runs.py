@@ -42,7 +42,7 @@ def test_run_writes_every_figure(finished):
     assert on_disk == figures
     for name in ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50"):
         assert 0 <= figures[name] <= 100
-    assert len(figures["box_ap_per_class"]) == 8
+    assert len(figures["box_ap_per_class"]) == len(figures["mask_ap50_per_class"]) == 10
     for name in ("parameters", "gflops", "images_per_s", "train_images_per_s", "peak_memory_mb"):
         assert figures[name] > 0
     assert figures["skipped_images"] == 0

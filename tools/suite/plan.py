@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,8 +217,11 @@ def _bare(value: Any) -> str:
     return str(value).replace(" ", "")
 
 
-def check_settings(jobs: Sequence[Job]) -> None:
+def check_settings(jobs: Sequence[Job], where: Mapping[str, str] | None = None) -> None:
     """Reads each run's settings as the run itself will.
+
+    Args:
+        where: by row, what messages begin with: where it comes from.
 
     Raises:
         UserError: naming row, task and setting, before anything runs.
@@ -242,4 +245,4 @@ def check_settings(jobs: Sequence[Job]) -> None:
                 options = parser.parse_args(words[5:]).cfg_options
                 load_segmentation(ROOT / words[0], words[2], options, words[4])
         except UserError as error:
-            raise UserError(f"row {job.row!r}, {job.task}: {error}") from None
+            raise UserError(f"{(where or {}).get(job.row, '')}row {job.row!r}, {job.task}: {error}") from None

@@ -1,4 +1,7 @@
-"""Overlay --size nano: images and crops of 64 pixels for CPUs; about a minute on the sample data on one core."""
+"""Overlay --size nano: images and crops of 64 pixels for CPUs; about a minute on the sample data on one core.
+
+Expect there, from weights pretrained by classification/recipes/nano.yaml: docs/results.md has the table.
+"""
 
 crop_size = 64
 log_interval = 10
