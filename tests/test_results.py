@@ -124,6 +124,7 @@ def test_results_hold_every_figure_of_every_seed_and_the_groups_that_a_task_know
     assert uniform["detection.box_ap"]["by_seed"] == {"0": 10.0}
     assert results["rows"]["uniform"]["failures"] == {"detection": {"1": "killed"}}
     assert results["baselines"]["classification.top1"] == pytest.approx(100 / 3)
+    assert "classification.top1@relations" not in results["baselines"]
     assert results["baselines"]["segmentation.miou"] == 9.75
     judged = results["controls"]["classification.top1"]["attention"]
     assert (judged["row"], judged["within_spread"]) == ("uniform", False)

@@ -14,7 +14,8 @@ import run_suite
 from backbones.models.presets import FAMILIES
 from suite import plan, runner, speed
 from suite.plan import Data, Job, check_settings, job_folder, make_jobs, read_data
-from suite.rows import CONTROLS, Row, named_rows, read_variants
+from suite.rows import CONTROLS, Row, named_rows
+from suite.variants import read_variants
 
 DATA = """
 classification: {{root: {0}}}
@@ -136,6 +137,7 @@ def test_settings_of_a_variant_reach_all_three_tasks_and_no_pretraining_is_done_
         ("- vit", r"variants.yaml must map names of rows.*it holds a list"),
         ("3", "it holds 3"),
         ("a: [", "not valid YAML"),
+        ("? [a]\n: {family: vit}", "not valid YAML"),
         ("a: {family: vit}\na: {family: kat}", "'a' is named twice"),
         ("a: {family: vit, family: kat}", "'family' is named twice"),
         ("vit: {family: vit}", "'vit' is named twice"),
@@ -321,7 +323,7 @@ def test_sample_paths_and_groups_are_what_the_generator_writes(sample_data):
     assert isinstance(data, Data)
     paths = [value for task in plan.TASKS for value in getattr(data, task).values()]
     assert all(Path(path).exists() for path in paths)
-    assert "square_of_red" in data.groups["relations"]
+    assert data.groups == {"relations": ["warm", "cold"]}
 
 
 def test_speed_is_measured_twice_in_turns_and_only_once(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ The same command continues a comparison that was interrupted; more backbones, va
 
 import argparse
 import json
+import logging
 import signal
 import time
 import warnings
@@ -22,9 +23,10 @@ import make_sample_data
 from backbones.utils.errors import UserError, run_main
 from backbones.utils.files import make_folder, read_json, write_json
 from suite.plan import SAMPLE, check_settings, check_size, check_tasks, make_jobs, read_data, sample_data
-from suite.rows import TASKS, Row, named_rows, read_variants
+from suite.rows import TASKS, Row, named_rows
 from suite.runner import default_jobs, run_jobs
 from suite.speed import measure_rows
+from suite.variants import read_variants
 
 DEFAULT = "vit,karat,kat,karkat"
 
@@ -46,6 +48,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
 
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.functional")  # Detectron2's meshgrid
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # being stopped also stops the runs
     began = time.monotonic()
     for name, value in (("--seeds", arguments.seeds), ("--jobs", arguments.jobs)):

@@ -169,7 +169,7 @@ def _baselines(metrics: Mapping[Job, Any], columns: Sequence[dict[str, Any]]) ->
     for job, found in metrics.items():
         if job.task == "classification":
             chance = 100 / len(found["top1_per_class"])
-            baselines |= {c["name"]: chance for c in columns if c["task"] == "classification"}
+            baselines |= {c["name"]: chance for c in columns if c["task"] == "classification" and not c["group"]}
         if job.task == "segmentation" and found.get("miou_most_frequent_class") is not None:
             baselines["segmentation.miou"] = found["miou_most_frequent_class"]
     return baselines
