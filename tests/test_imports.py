@@ -1,4 +1,4 @@
-"""Imports go one way: backbones <- classification, detection, segmentation <- tools."""
+"""Imports go one way: backbones <- classification, detection, segmentation <- suite <- report <- tools."""
 
 import ast
 import subprocess
@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = {
-    "backbones": {"classification", "detection", "segmentation", "suite", "detectron2", "mmengine", "mmcv", "mmseg"},
-    "classification": {"detection", "segmentation", "suite", "detectron2", "mmengine", "mmcv", "mmseg"},
-    "detection": {"classification", "segmentation", "suite", "mmengine", "mmcv", "mmseg"},
-    "segmentation": {"classification", "detection", "suite", "detectron2"},
+    "backbones": {"classification", "detection", "segmentation", "suite", "report", "detectron2", "mmengine", "mmcv", "mmseg"},
+    "classification": {"detection", "segmentation", "suite", "report", "detectron2", "mmengine", "mmcv", "mmseg"},
+    "detection": {"classification", "segmentation", "suite", "report", "mmengine", "mmcv", "mmseg"},
+    "segmentation": {"classification", "detection", "suite", "report", "detectron2"},
+    "tools/suite": {"report"},
 }
 
 
