@@ -131,6 +131,12 @@ class BackboneConfig:
             )
         if self.class_token and self.window_size:
             raise UserError(f"window_size {self.window_size} has no place for a class token. Set class_token=False.")
+        users = [self.attention_kind(block) for block in range(self.depth) if self.prefix(block)]
+        if users and self.attention.heads is None and all(kind == "none" for kind in users):
+            raise UserError(
+                "attention.kind 'none' leaves the class token without a sight of the image. Set class_token=False, which "
+                "averages the tokens, or attention.blocks to leave some blocks to softmax."
+            )
         if self.class_token and self.attention.rel_pos:
             raise UserError("attention.rel_pos is not defined for a class token. Set class_token=False.")
         self._check_karat()

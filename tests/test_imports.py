@@ -9,7 +9,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = {
-    "backbones": {"classification", "detection", "segmentation", "suite", "report", "detectron2", "mmengine", "mmcv", "mmseg"},
+    "backbones": {
+        "classification",
+        "detection",
+        "segmentation",
+        "suite",
+        "report",
+        "detectron2",
+        "mmengine",
+        "mmcv",
+        "mmseg",
+    },
     "classification": {"detection", "segmentation", "suite", "report", "detectron2", "mmengine", "mmcv", "mmseg"},
     "detection": {"classification", "segmentation", "suite", "report", "mmengine", "mmcv", "mmseg"},
     "segmentation": {"classification", "detection", "suite", "report", "detectron2"},

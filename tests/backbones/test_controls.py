@@ -126,6 +126,7 @@ def test_frozen_rationals_still_pass_gradients_to_what_is_below():
     [
         ({"attention": {"kind": "unifrom"}}, "Did you mean 'uniform'"),
         ({"attention": {"kind": "uniform", "frozen": True}}, "attention.frozen is True, and attention.kind 'uniform'"),
+        ({"attention": {"kind": "none"}}, "leaves the class token without a sight of the image"),
         ({"attention": {"frozen": "yes"}}, "attention.frozen is 'yes'"),
         ({"ffn": {"frozen": True}}, "ffn.frozen is True, and ffn.kind 'mlp' has no rationals"),
         ({"ffn": {"frozen": 1}}, "ffn.frozen is 1"),

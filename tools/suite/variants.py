@@ -21,6 +21,8 @@ _SECTIONS = {"attention": AttentionConfig, "ffn": FfnConfig}
 _DERIVED = ("arch", "img_size", "in_chans", "num_classes", "final_norm", "out_indices")
 _ROW_KEYS = ("family", "control", "pretraining", *TASKS)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+# What a comparison writes beside the folders of its rows.
+_TAKEN = ("data", "pictures", "report.html", "results.json", "speed.json", "suite.json", "table.md")
 
 
 def read_variants(path: str, size: str, known: Sequence[Row] = ()) -> list[Row]:
@@ -74,16 +76,18 @@ def _variant(name: Any, given: Any) -> list[Row]:
     """One row, or one for each combination of swept values."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UserError(f"the row name {name!r} must be a word of letters, digits and . _ + - (it names a folder).")
+    if name in _TAKEN:
+        raise UserError(f"the row name {name!r} is that of the comparison's own {name}. Give the row another name.")
     if not isinstance(given, Mapping):
         raise UserError(f"row {name!r} is {_what(given)}; it must hold keys, such as family and attention.rank.")
     flat = dict(_flat(given))
     check_keys(f"row {name!r}", flat, [*_ROW_KEYS, *_setting_names()])
     family, control = flat.get("family"), flat.get("control")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(
             f"row {name!r}: family is {family!r}; allowed: {', '.join(FAMILIES)}.{suggest(family, FAMILIES)}"
         )
-    if control is not None and control not in CONTROLS:
+    if control is not None and (not isinstance(control, str) or control not in CONTROLS):
         raise UserError(
             f"row {name!r}: control is {control!r}; allowed: {', '.join(CONTROLS)}.{suggest(control, CONTROLS)}"
         )
