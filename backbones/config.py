@@ -134,8 +134,8 @@ class BackboneConfig:
         users = [self.attention_kind(block) for block in range(self.depth) if self.prefix(block)]
         if users and self.attention.heads is None and all(kind == "none" for kind in users):
             raise UserError(
-                "attention.kind 'none' leaves the class token without a sight of the image. Set class_token=False, which "
-                "averages the tokens, or attention.blocks to leave some blocks to softmax."
+                "attention.kind 'none' leaves the class token without a sight of the image. Set class_token=False, "
+                "which averages the tokens, or attention.blocks to leave some blocks to softmax."
             )
         if self.class_token and self.attention.rel_pos:
             raise UserError("attention.rel_pos is not defined for a class token. Set class_token=False.")
