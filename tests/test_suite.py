@@ -346,6 +346,21 @@ def test_speed_is_measured_twice_in_turns_and_only_once(tmp_path, monkeypatch):
     assert order[4:] == ["swin", "swin"]
 
 
+def test_a_failed_measurement_costs_no_other_row_its_figure_and_is_tried_again(tmp_path, monkeypatch):
+    broken = ["kat"]
+    monkeypatch.setattr(speed, "_measure_apart", lambda row, _: {} if row.name in broken else {"images_per_s": 2.0})
+    rows = named_rows("vit,kat")
+    assert speed.measure_rows(rows, "nano", tmp_path / "speed.json") == {"vit": {"images_per_s": [2.0, 2.0]}}
+    broken.clear()
+    assert set(speed.measure_rows(rows, "nano", tmp_path / "speed.json")) == {"vit", "kat"}
+
+
+def test_a_measurement_that_dies_says_why(capsys, monkeypatch):
+    monkeypatch.setattr(speed.sys, "executable", "/bin/false")
+    assert speed._measure_apart(Row("vit", "vit"), "nano") == {}
+    assert "[failed] speed of vit: no message" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_one_measurement_of_a_backbone_is_of_its_step_alone():
     found = speed._measure_apart(Row("small", "vit", {"depth": 1}), "nano")

@@ -1,6 +1,6 @@
 """Speed and memory of each row's bare backbone, measured alone on the machine, twice, in turns.
 
-python tools/suite/speed.py < ROW    # one measurement, in a process of its own, as JSON; the suite calls it
+Each measurement has a process of its own: memory that another network took and freed would be taken again without a trace.
 """
 
 import json
@@ -23,7 +23,8 @@ def measure_rows(rows: Sequence[Row], size: str, path: Path) -> dict[str, dict[s
 
     Returns:
         By row: images_per_s, train_images_per_s and memory_mib, the growth of memory beyond the weights in a training
-        step of BATCH images (None where this system cannot tell), each with ROUNDS values.
+        step of BATCH images (None where this system cannot tell), each with ROUNDS values. A row whose measurement
+        failed, for want of memory for example, is left out, and measured again by the next call.
     """
     from backbones.utils.files import read_json, write_json
 
@@ -34,18 +35,22 @@ def measure_rows(rows: Sequence[Row], size: str, path: Path) -> dict[str, dict[s
         for row in missing if turn % 2 == 0 else missing[::-1]:
             for name, value in _measure_apart(row, size).items():
                 found[row.name].setdefault(name, []).append(value)
-    known |= found
-    if found:
-        write_json(path, known)
-    return {row.name: known[row.name] for row in rows}
+    complete = {
+        name: values for name, values in found.items() if values and len(min(values.values(), key=len)) == ROUNDS
+    }
+    if complete:
+        write_json(path, known | complete)
+    return {row.name: (known | complete)[row.name] for row in rows if row.name in known | complete}
 
 
 def _measure_apart(row: Row, size: str) -> dict[str, float | None]:
+    """The figures of one measurement; {} with a line on the terminal when it failed."""
     config = json.dumps(row.backbone(size).to_dict())
-    code = "from suite.speed import measure; measure()"
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=config, capture_output=True, text=True, check=True, cwd=ROOT / "tools"
-    )
+    command = [sys.executable, "-c", "from suite.speed import measure; measure()"]
+    done = subprocess.run(command, input=config, capture_output=True, text=True, check=False, cwd=ROOT / "tools")
+    if done.returncode:
+        print(f"[failed] speed of {row.name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}", flush=True)
+        return {}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
