@@ -1,6 +1,6 @@
 """Speed and memory of each row's bare backbone, measured alone on the machine, twice, in turns.
 
-Each measurement has a process of its own: memory that another network took and freed would be taken again without a trace.
+Each measurement has a process of its own, whose memory no other network took and freed before.
 """
 
 import json
