@@ -42,7 +42,7 @@ def test_classes_and_their_number_come_from_the_json(tiny):
     assert training.classes[:2] == ["disc", "square"]
     assert training.images == 24
     labels = {a["category_id"] for r in DatasetCatalog.get(training.name) for a in r["annotations"]}
-    assert labels <= set(range(8))
+    assert labels <= set(range(10))
 
 
 def test_rle_masks_choose_bitmasks_and_are_decoded(tiny):

@@ -62,7 +62,7 @@ def test_sizes_derive_widths_and_levels_from_the_backbone(name, size, ade_layout
     assert size in cfg.model.backbone.arch
     assert cfg.model.decode_head.in_channels == [width] * 4
     assert cfg.model.backbone.out_indices == [2, 5, 8, 11]
-    assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 9
+    assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 11
     assert cfg.model.test_cfg.stride == (341, 341)
 
 

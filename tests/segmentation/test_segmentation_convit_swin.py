@@ -54,7 +54,7 @@ def test_heads_take_the_widths_of_the_maps(name, size, widths, indices, ade_layo
     model = build(cfg).eval()
     with torch.no_grad():
         logits = model(torch.randn(1, 3, 75, 90), mode="tensor")
-    assert logits.shape[1] == 9
+    assert logits.shape[1] == 11
 
 
 @pytest.mark.parametrize("name", [*CONVIT, *SWIN])
@@ -81,7 +81,7 @@ def test_settings_that_do_not_fit_a_swin_are_named(make_config, options, message
 def test_every_parameter_learns_under_bf16(make_config, name):
     model = build(make_config(name, options={"model.backbone.drop_path": 0.0}))
     samples = [
-        SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, 9, (1, 64, 64))), metainfo={"img_shape": (64, 64)})
+        SegDataSample(gt_sem_seg=PixelData(data=torch.randint(0, 11, (1, 64, 64))), metainfo={"img_shape": (64, 64)})
         for _ in range(2)
     ]
     with torch.autocast("cpu", torch.bfloat16):
@@ -129,4 +129,4 @@ def test_a_swin_trains_from_a_classifier_and_predicts_at_any_size(build_config, 
     Image.new("RGB", (101, 75)).save(tmp_path / "odd.png")
     (prediction,) = predict(tmp_path / "run", [tmp_path / "odd.png"])
     assert prediction.shape == (75, 101)
-    assert set(np.unique(prediction)) <= set(range(1, 10))
+    assert set(np.unique(prediction)) <= set(range(1, 12))

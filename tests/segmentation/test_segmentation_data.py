@@ -81,13 +81,13 @@ def test_image_without_a_mask_is_named(make_config, data):
         build(make_config, data)
 
 
-@pytest.mark.parametrize("value", [10, 254])
+@pytest.mark.parametrize("value", [12, 254])
 def test_mask_value_outside_the_classes_is_named_at_start(make_config, data, value):
     path = first(data, "annotations")
     mask = np.array(Image.open(path))
     mask[0, 0] = value
     Image.fromarray(mask).save(path)
-    with pytest.raises(UserError, match=rf"train_00000\.png holds the value {value}; allowed are .*1 to 9"):
+    with pytest.raises(UserError, match=rf"train_00000\.png holds the value {value}; allowed are .*1 to 11"):
         build(make_config, data)
 
 
