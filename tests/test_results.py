@@ -10,7 +10,7 @@ from scipy import stats
 
 from report.page import markdown_table
 from report.results import collect
-from report.statistics import best_of, judge_control, paired_difference, summarize
+from report.statistics import best_of, half_width, judge_control, paired_difference, summarize
 from suite.plan import Data, make_jobs
 from suite.rows import named_rows
 
@@ -32,10 +32,11 @@ def test_a_summary_is_mean_and_sample_deviation_with_every_value():
 
 def test_the_margin_is_half_of_scipy_s_paired_interval():
     a, b = np.array([3.0, 5.0, 4.0, 7.0]), np.array([1.0, 4.0, 4.0, 2.0])
-    mean, margin = paired_difference(figures(*a), figures(*b))
+    mean, deviation = paired_difference(figures(*a), figures(*b))
     interval = stats.ttest_rel(a, b).confidence_interval(0.95)
     assert mean == pytest.approx((a - b).mean())
-    assert margin == pytest.approx((interval.high - interval.low) / 2)
+    assert deviation == pytest.approx((a - b).std(ddof=1))
+    assert half_width(figures(*a), figures(*b)) == pytest.approx((interval.high - interval.low) / 2)
 
 
 def test_only_common_seeds_are_paired():
@@ -71,6 +72,9 @@ def test_a_control_within_the_spread_is_told_from_one_that_loses():
     }
     judged = judge_control(best, {"u": losing, "n": near}, "max")
     assert (judged["row"], judged["within_spread"]) == ("n", True)
+    # Differences 20, 2, 8 (mean 10, deviation 9.2): far from proven, and yet outside of the spread.
+    assert judge_control(best, {"u": figures(40.0, 60.0, 56.0)}, "max")["within_spread"] is False
+    assert judge_control(best, {"u": figures(40.0, 62.0, 60.0)}, "max")["within_spread"] is True  # 20, 0, 4: 8 and 10.6
     assert judge_control(figures(3.0), {"u": figures(3.0)}, "max")["within_spread"] is None
     assert judge_control(best, {}, "max") is None
 

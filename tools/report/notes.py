@@ -42,7 +42,8 @@ def notes(results: dict[str, Any]) -> list[str]:
     if any(results["controls"].values()):
         lines.append(
             "Best control / best: what the best control (no learned attention, or feed-forward) reaches of the best "
-            "row without one. Where the two differ by no more than the seeds do, the column does not measure that part."
+            "row without one. Where a control lies within the spread, its paired differences to that row having a mean "
+            "no larger than their standard deviation, the column does not measure that part."
         )
     lines.append(
         "Size and speed are of the bare backbone; GFLOPs are multiply-accumulates of one image. Speeds were measured "

@@ -18,18 +18,24 @@ def summarize(by_seed: Mapping[str, float]) -> dict[str, Any]:
 
 
 def paired_difference(a: Figures, b: Figures) -> tuple[float, float | None]:
-    """Mean of a − b over the seeds that both have, and the half width of its 95 % interval by Student's t.
+    """Mean and sample standard deviation of a − b over the seeds that both have.
 
-    None of fewer than two common seeds: nothing is known then of what luck does.
+    The deviation is None of fewer than two common seeds: nothing is known then of what luck does.
     """
     seeds = [seed for seed in a["by_seed"] if seed in b["by_seed"]]
     differences = [a["by_seed"][seed] - b["by_seed"][seed] for seed in seeds]
     if not differences:
         return a["mean"] - b["mean"], None
-    if len(differences) < 2:
-        return differences[0], None
-    error = stdev(differences) / math.sqrt(len(differences))
-    return fmean(differences), float(student.ppf(0.5 + CONFIDENCE / 2, len(differences) - 1)) * error
+    return fmean(differences), stdev(differences) if len(differences) > 1 else None
+
+
+def half_width(a: Figures, b: Figures) -> float | None:
+    """Half the width of the 95 % interval of the mean of a − b by Student's t; None of fewer than two common seeds."""
+    count = len(a["by_seed"].keys() & b["by_seed"].keys())
+    deviation = paired_difference(a, b)[1]
+    if deviation is None:
+        return None
+    return float(student.ppf(0.5 + CONFIDENCE / 2, count - 1)) * deviation / math.sqrt(count)
 
 
 def best_of(rows: Mapping[str, Figures], better: str) -> dict[str, Any] | None:
@@ -46,7 +52,8 @@ def best_of(rows: Mapping[str, Figures], better: str) -> dict[str, Any] | None:
         return None
     sign = 1 if better == "max" else -1
     name = max(rows, key=lambda row: sign * rows[row]["mean"])
-    pairs = [paired_difference(rows[name], other) for row, other in rows.items() if row != name]
+    others = [other for row, other in rows.items() if row != name]
+    pairs = [(paired_difference(rows[name], other)[0], half_width(rows[name], other)) for other in others]
     clear = bool(pairs) and all(margin is not None and sign * mean > margin for mean, margin in pairs)
     nearest = min(pairs, key=lambda pair: sign * pair[0], default=(None, None))
     return {"row": name, "clear": clear, "difference": nearest[0], "margin": nearest[1]}
@@ -57,16 +64,16 @@ def judge_control(best: Figures, controls: Mapping[str, Figures], better: str) -
 
     Returns:
         row: of the control with the best mean; share: its mean over the best row's (None when that is 0);
-        within_spread: whether some control's paired differences to the best row are not clear of zero (None of one
-        seed: not judged).
+        within_spread: whether some control lies within the spread: the mean of its paired differences to the best row
+        is no larger than their standard deviation (None of one seed: not judged).
     """
     if not controls:
         return None
     sign = 1 if better == "max" else -1
     name = max(controls, key=lambda row: sign * controls[row]["mean"])
     pairs = [paired_difference(best, figures) for figures in controls.values()]
-    unknown = any(margin is None for _, margin in pairs)
-    within = None if unknown else any(sign * mean <= margin for mean, margin in pairs)
+    unknown = any(deviation is None for _, deviation in pairs)
+    within = None if unknown else any(sign * mean <= deviation for mean, deviation in pairs)
     return {
         "row": name,
         "share": controls[name]["mean"] / best["mean"] if best["mean"] else None,
