@@ -1,6 +1,8 @@
 """The report: what stands in its cells, which pictures it makes, and that its page needs nothing but itself."""
 
+import colorsys
 import copy
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -18,8 +20,8 @@ from PIL import Image, ImageDraw
 from backbones import create_backbone
 from backbones.checkpoint import save_backbone
 from backbones.models.presets import preset_name
-from report.drawing import literal, write_label
-from report.examples import example_sections, first_done
+from report.drawing import class_color, literal, write_label
+from report.examples import example_sections, first_done, most_classes
 from report.figures import curves, mean_and_band, sweeps
 from report.functions import function_panels, learned_functions
 from report.notes import notes, warnings
@@ -433,3 +435,14 @@ def test_a_comparison_of_one_task_without_finished_runs_has_a_page(tmp_path):
     headings = [attributes["id"] for tag, attributes in page.tags if tag == "h2"]
     assert headings == ["figures", "rows", "repeat"]
     assert "unknown" in page.words
+
+
+def test_the_images_shown_have_many_classes_between_them():
+    assert most_classes([{1}, {1, 2}, {3}, {1, 2, 3}, {4}], 2) == [3, 4]
+    assert most_classes([{1}, set()], 4) == [0, 1]
+
+
+def test_neighbouring_classes_have_other_hues():
+    assert len({class_color(index) for index in range(40)}) == 40
+    hues = [colorsys.rgb_to_hsv(*class_color(index))[0] for index in range(7)]
+    assert min(abs(a - b) for a, b in itertools.pairwise(hues)) > 0.04

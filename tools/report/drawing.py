@@ -30,8 +30,8 @@ def line_style(index: int) -> dict[str, Any]:
 
 def class_color(index: int) -> Color:
     """RGB of 0 to 255 of a class counted from 0."""
-    if index < 20:
-        red, green, blue = _CLASSES(index)[:3]
+    if index < 20:  # ten hues, then their pale forms
+        red, green, blue = _CLASSES(2 * index % 20 + index // 10)[:3]
     else:
         red, green, blue = colorsys.hsv_to_rgb(index * _GOLDEN % 1, 0.65, 0.85)
     return round(255 * red), round(255 * green), round(255 * blue)

@@ -136,7 +136,8 @@ def _detection(jobs: list[Any], data: Any, more: str, count: int = 4) -> Section
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(data.detection["test_json"])
     annotated = [coco.imgs[i] for i in sorted(coco.imgs) if coco.getAnnIds(i)]
-    records = [annotated[i] for i in _spread(len(annotated), count)]
+    classes = [{a["category_id"] for a in coco.imgToAnns[record["id"]]} for record in annotated]
+    records = [annotated[i] for i in most_classes(classes, count)]
     paths = [Path(data.detection["test_images"]) / record["file_name"] for record in records]
     names = {c["id"]: c["name"] for c in coco.dataset["categories"]}
     colors = {names[i]: class_color(order) for order, i in enumerate(sorted(names))}
@@ -237,6 +238,17 @@ def _open(path: Path) -> Image.Image:
 def _at_width(image: Image.Image, how: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
     """A copy that is WIDTH pixels wide, at its own aspect."""
     return image.convert("RGB").resize((WIDTH, max(1, round(image.height * WIDTH / image.width))), how)
+
+
+def most_classes(images: list[set[Any]], count: int) -> list[int]:
+    """Indices of at most ``count`` images that together show many classes: each adds the most that are new."""
+    chosen: list[int] = []
+    seen: set[Any] = set()
+    while len(chosen) < min(count, len(images)):
+        rest = [i for i in range(len(images)) if i not in chosen]
+        chosen.append(max(rest, key=lambda i: len(images[i] - seen)))
+        seen |= images[chosen[-1]]
+    return sorted(chosen)
 
 
 def _spread(length: int, count: int) -> list[int]:
