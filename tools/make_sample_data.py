@@ -2,9 +2,9 @@
 
     python tools/make_sample_data.py --out sample_data
 
-Eight classes with their own shape, texture and range of hues, at random scale, rotation, light and occlusion, and eight
-``relations``, white shapes that look alike and are named by something far away; on crops of photographs that come with
-scikit-image. The same seed gives the same files. About 20 seconds and 25 MB.
+Eight classes of objects with their own shape, texture and range of hues, at random scale, rotation, light and occlusion,
+and two of relations, white shapes of four kinds that look alike and are named by something far away; on crops of
+photographs that come with scikit-image. The same seed gives the same files. About 20 seconds and 25 MB.
 """
 
 import argparse
@@ -34,7 +34,8 @@ def make_sample_data(
         out: folder to make; an existing one must be empty or made by this function.
         seed: 0 or more.
         scenes: training and validation images for detection and segmentation.
-        objects: training and validation images per class for classification.
+        objects: training and validation images for classification, of each class of objects and of each kind of a
+            relation.
     Raises:
         UserError: a size below 1, or a folder holding anything else.
     """
@@ -94,7 +95,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes-train", type=int, default=400, help="training images, detection and segmentation")
     parser.add_argument("--scenes-val", type=int, default=80)
-    parser.add_argument("--objects-train", type=int, default=120, help="training images per class, classification")
+    parser.add_argument(
+        "--objects-train", type=int, default=120, help="classification: per class; four times as many of a relation"
+    )
     parser.add_argument("--objects-val", type=int, default=40)
     args = parser.parse_args(argv)
     start = time.perf_counter()

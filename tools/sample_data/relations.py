@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from .objects import OUTLINES, SUPERSAMPLE, Drawn, rgb
 
 _RIM = 0.04  # grey of the rim of a key
-
-
 # Name to hues, in turns, that a cue of that name can have.
 HUES = {"warm": (0.0, 0.09), "cold": (0.53, 0.63)}
 RELATIONS = tuple(HUES)
@@ -40,7 +38,7 @@ KINDS: dict[str, Kind] = {
     "pair": Kind("square", "disc"),  # the second member of a pair decides the name of the first
     "key": Kind("ring", "disc", decoys=2),  # a key, known by its rim among parts like it, names the target
     "odd": Kind("triangle", "triangle", count=2),  # equals, named by the odd one out
-    "apart": Kind("cross", "cross"),  # two parts of one thing, each of which is needed to name it
+    "apart": Kind("cross", "cross"),  # two parts of one thing, of which the one names the other
 }
 
 
