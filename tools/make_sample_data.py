@@ -2,9 +2,9 @@
 
     python tools/make_sample_data.py --out sample_data
 
-Eight classes of objects with their own shape, texture and range of hues, at random scale, rotation, light and occlusion,
-and two of relations, white shapes of four kinds that look alike and are named by something far away; on crops of
-photographs that come with scikit-image. The same seed gives the same files. About 20 seconds and 25 MB.
+Eight classes of objects with their own shape, texture and range of hues, at random scale, rotation, light and
+occlusion, and two of relations, white shapes of four kinds that look alike and are named by something far away; on
+crops of photographs that come with scikit-image. The same seed gives the same files. About 20 seconds and 25 MB.
 """
 
 import argparse
