@@ -3,7 +3,7 @@
 import json
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ class MatchReport:
 def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9, quiet: bool = False) -> MatchReport:
     """Fills a backbone from a file or a timm model, resampling what belongs to another number of tokens.
 
-    A ViT's weights in a GR-KAN backbone keep the ViT's function: F1 becomes the identity and F2 GELU, whatever
-    ``ffn.init`` says, up to GELU's fit.
+    A ViT's weights keep the ViT's function where the backbone can hold it: in GR-KAN F1 becomes the identity and F2
+    GELU, whatever ``ffn.init`` says, up to GELU's fit; where KArAt stands beside the softmax, gates stay at 0.
 
     Args:
         network: from ``create_backbone``.
@@ -72,7 +72,8 @@ def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9,
         quiet: do not print the report.
 
     Raises:
-        UserError: when the source cannot be read or fills less than ``min_match``; the network is then unchanged.
+        UserError: when the source cannot be read, fills less than ``min_match``, or blends KArAt with the softmax in
+            another way than the backbone; the network is then unchanged.
     """
     state, saved = read_weights(source)
     for name, module in network.named_modules():
@@ -81,7 +82,7 @@ def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9,
     target = network.state_dict()
     report = MatchReport(str(source), network.config.arch)
     new: dict[str, Tensor] = {}
-    starts = _rationals_of_a_vit(state, network)
+    starts = {**_rationals_of_a_vit(state, network), **_gates_of_a_vit(state, target, str(source))}
     for name, current in target.items():
         if name in starts:
             new[name] = starts[name]
@@ -103,12 +104,7 @@ def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9,
             f"{name} {_shapes(tensor, current)}" if resized else name
         )
     report.left_out = [name for name in state if name not in new]
-    if starts:
-        gelu = STARTS[network.config.ffn.denominator]["gelu"]
-        report.note = (
-            f"F1 = identity, F2 = GELU, the activation of {source}, "
-            f"within {gelu.error:.1e} on [-{gelu.limit:g}, {gelu.limit:g}]"
-        )
+    report.note = _kept_function(report.started, network, str(source))
     if report.share < min_match:
         raise UserError(
             f"{report}\nThat is less than {min_match:.0%}: is this the checkpoint of another model? "
@@ -140,6 +136,57 @@ def _rationals_of_a_vit(state: Mapping[str, Tensor], network: nn.Module) -> dict
             starts[f"{prefix}.weight_numerator"] = a.expand_as(module.weight_numerator)
             starts[f"{prefix}.weight_denominator"] = b.expand_as(module.weight_denominator)
     return starts
+
+
+def _gates_of_a_vit(state: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Gates that the weights lack, with the operators behind them, as they start: closed, so that the function is kept.
+
+    Raises:
+        UserError: for operators without gates where the backbone has gates, the reverse, and gates of other heads.
+    """
+    starts: dict[str, Tensor] = {}
+    for attention in _attentions(target):
+        gate = f"{attention}gate"
+        has, needs = (_operator_names(names, attention) for names in (state, target))
+        if needs and has and (gate in state) != (gate in target):
+            stored, wanted = ("add", "replace") if gate in state else ("replace", "add")
+            raise UserError(
+                f"{source} was trained with attention.blend {stored!r}, see {attention[:-1]}, and the backbone has "
+                f"{wanted!r}: its function would be lost. Set attention.blend={stored!r}."
+            )
+        if gate in target and gate in state and state[gate].shape != target[gate].shape:
+            raise UserError(
+                f"{source} has {len(state[gate])} gates in {attention[:-1]}, and attention.heads gives "
+                f"{len(target[gate])} heads to the operator. Set attention.heads as it was trained."
+            )
+        if gate in target and gate not in state:
+            starts |= {name: target[name] for name in (gate, *needs)}
+    return starts
+
+
+def _attentions(target: Mapping[str, Tensor]) -> list[str]:
+    """What the names of each attention's tensors begin with, such as ``blocks.0.attn.``."""
+    return list(dict.fromkeys(name.split("attn.")[0] + "attn." for name in target if "attn." in name))
+
+
+def _operator_names(names: Iterable[str], attention: str) -> list[str]:
+    """The tensors of an attention's own operator, or of the one that all share."""
+    own = [name for name in names if name.startswith(f"{attention}operator.")]
+    return own or [name for name in names if name.startswith("operator.")]
+
+
+def _kept_function(started: Sequence[str], network: nn.Module, source: str) -> str:
+    """What the tensors that the weights lack were given, in words."""
+    notes = []
+    if any(name.endswith("weight_numerator") for name in started):
+        gelu = STARTS[network.config.ffn.denominator]["gelu"]
+        notes.append(
+            f"F1 = identity, F2 = GELU, the activation of {source}, "
+            f"within {gelu.error:.1e} on [-{gelu.limit:g}, {gelu.limit:g}]"
+        )
+    if any(name.endswith(".gate") for name in started):
+        notes.append("gates of KArAt at 0, which keeps the softmax network's function exactly")
+    return "; ".join(notes)
 
 
 def save_backbone(path: str | Path, network: nn.Module, **metadata: Any) -> None:

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 from .layers.bases import BASE_FUNCTIONS, BASES
+from .layers.diagonal import DIAGONALS
 from .layers.karat import INITS, PROJECTIONS
+from .layers.operator_attention import BLENDS
 from .layers.pointwise import CONTROLS, POINTWISE
 from .layers.starts import STARTS
 from .utils.errors import UserError, check_choice
@@ -36,7 +38,12 @@ class AttentionConfig:
         weight_init: of the projections: ``normal``, or ``mimetic`` (arXiv 2305.09828).
         blocks: indices of the blocks that use ``kind``, the others use softmax; None = all.
         heads: indices of the heads that use ``kind``, the others use softmax; None = all.
-        rel_pos: decomposed relative position embedding of ViTDet (softmax only, no class token).
+        blend: what becomes of the softmax where ``kind`` is another: ``replace``, or ``add``, softmax + gate · operator
+            with a learnable gate per head that starts at 0, so that the network starts as the softmax network.
+        diagonal: KArAt with functions ψ of single scores beside its modular form, ψ_p(S_kp) + Σ_r W_pr Φ̂_r(S_k), by
+            which a query can pick a key (an extension of this project): ``none``, ``shared``, one ψ per head, or
+            ``positionwise``, one per key.
+        rel_pos: decomposed relative position embedding of ViTDet, on the scores of the softmax (no class token).
         frozen: a control: what weighs the tokens stays as it started, KArAt's operators, else queries and keys.
     """
 
@@ -56,6 +63,8 @@ class AttentionConfig:
     weight_init: str = "normal"
     blocks: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
+    blend: str = "replace"
+    diagonal: str = "none"
     rel_pos: bool = False
     frozen: bool = False
 
@@ -69,6 +78,18 @@ class AttentionConfig:
             raise UserError(
                 f"attention.projection is {self.projection!r}; attention.order {self.order!r} allows {allowed}. "
                 "'before' needs the order 'w_phi', where W takes what is projected."
+            )
+        check_choice("attention.blend", self.blend, BLENDS)
+        check_choice("attention.diagonal", self.diagonal, DIAGONALS)
+        if self.blend == "add" and self.kind == "softmax":
+            raise UserError(
+                "attention.blend is 'add', and attention.kind 'softmax' has nothing to add to itself. Set "
+                "attention.kind, as 'karat', or blend='replace'."
+            )
+        if self.diagonal != "none" and (self.kind != "karat" or self.projection == "after"):
+            raise UserError(
+                f"attention.diagonal is {self.diagonal!r}; it needs attention.kind 'karat' and the projection 'none' "
+                f"or 'before', got {self.kind!r} and {self.projection!r}. Set diagonal='none', or change those."
             )
         check_choice("attention.mode", self.mode, ("blockwise", "universal"))
         check_choice("attention.init", self.init, INITS)
@@ -89,10 +110,10 @@ class AttentionConfig:
         for name in ("blocks", "heads"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, int_tuple(f"attention.{name}", getattr(self, name)))
-        if self.rel_pos and self.kind != "softmax" and self.blocks is None:
+        if self.rel_pos and self.kind != "softmax" and self.blocks is None and self.blend == "replace":
             raise UserError(
                 f"attention.rel_pos is defined for softmax scores only, and every block uses {self.kind!r}. "
-                "Set rel_pos=False, or attention.blocks to leave some blocks to softmax."
+                "Set rel_pos=False, attention.blocks to leave some blocks to softmax, or attention.blend='add'."
             )
 
     def _normalize_per_block(self, name: str) -> None:

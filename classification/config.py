@@ -57,6 +57,7 @@ class Train:
     eps: float = 1e-8
     weight_decay: float = 0.05
     layer_decay: float = 1.0
+    operator_lr: str = "derived"  # of KArAt's tensors; or a factor of lr, 1.0 as in the paper
     clip_grad: float = 0.0
     ema_decay: float = 0.0
     precision: str = "auto"  # bf16 on GPUs that have it, else fp32

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from backbones import BackboneConfig, create_backbone
 from backbones.checkpoint import load_weights, read_metadata, save_backbone
+from backbones.training.groups import describe_rates, parameter_groups
 from backbones.utils.errors import UserError
 from backbones.utils.files import atomic_path, make_folder, write_json
 from backbones.utils.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
@@ -105,13 +106,19 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
 def _schedule(recipe: Recipe, network: nn.Module, steps: int, batch: int):
     """Optimizer and per-step cosine schedule, their rates scaled from the reference batch to ``batch``."""
     options, scale = recipe.train, batch / recipe.train.reference_batch
+    groups = parameter_groups(
+        network,
+        network,
+        weight_decay=options.weight_decay,
+        layer_decay=options.layer_decay,
+        operator_lr=options.operator_lr,
+    )
     try:
         optimizer = create_optimizer_v2(
-            network,
+            groups,
             opt=options.optimizer,
             lr=options.lr * scale,
             weight_decay=options.weight_decay,
-            layer_decay=options.layer_decay if options.layer_decay < 1 else None,
             betas=tuple(options.betas),
             eps=options.eps,
         )
@@ -151,6 +158,8 @@ def _announce(
         f"{network.config.arch}: {count_parameters(network) / 1e6:.2f}M parameters, {len(source)} images, "
         f"{len(source.classes)} classes\nlr {options.lr:g} at batch {options.reference_batch} -> {lr:g} at batch "
         f"{batch}; {options.epochs} epochs = {steps * options.epochs} steps; {where}",
+        describe_rates(network, options.operator_lr),
+        sep="\n",
         flush=True,
     )
 

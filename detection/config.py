@@ -89,6 +89,7 @@ def get_config() -> CfgNode:
     solver.STEP_FRACTIONS = (0.889, 0.963)
     solver.WEIGHT_DECAY = 0.1
     solver.LAYER_DECAY = 0.7
+    solver.OPERATOR_LR = "derived"
     solver.CLIP_NORM = 1.0
     solver.AMP.ENABLED = True  # bf16, on GPUs that have it
     solver.CHECKPOINT_EPOCHS = 1.0

@@ -11,9 +11,9 @@ from detectron2.solver.lr_scheduler import WarmupParamScheduler
 from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
 from torch import nn
 
-from .backbone import find_trunk
+from backbones.training.groups import parameter_groups
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, ChannelLayerNorm)
+from .backbone import find_trunk
 
 
 @dataclass(frozen=True)
@@ -67,30 +67,19 @@ def make_schedule(cfg: CfgNode, images: int) -> Schedule:
 def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.AdamW:
     """AdamW (0.9, 0.999); each group's ``lr_scale`` multiplies the schedule's learning rate.
 
-    The backbone's block i learns at LAYER_DECAY^(depth + 1 - i); norms and what the backbone names take no decay.
+    The backbone's block i learns at LAYER_DECAY^(depth + 1 - i), its operators by OPERATOR_LR; norms and what the
+    backbone names take no decay.
     """
     prefix, trunk = find_trunk(model)
-    undecayed = {
-        f"{module_name}.{name}"
-        for module_name, module in model.named_modules()
-        if isinstance(module, _NORMS)
-        for name, _ in module.named_parameters(recurse=False)
-    }
-    undecayed |= {f"{prefix}.{name}" for name in trunk.no_weight_decay()}
-
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        scale = 1.0
-        if name.startswith(f"{prefix}."):
-            layer = trunk.layer_id(name.removeprefix(f"{prefix}."))
-            scale = cfg.SOLVER.LAYER_DECAY ** (trunk.depth + 1 - layer)
-        decay = 0.0 if name in undecayed else cfg.SOLVER.WEIGHT_DECAY
-        groups.setdefault((scale, decay), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": p, "lr_scale": scale, "weight_decay": decay} for (scale, decay), p in groups.items()],
-        lr=cfg.SOLVER.REFERENCE_LR,
-        betas=(0.9, 0.999),
-        fused=True,
+    solver = cfg.SOLVER
+    groups = parameter_groups(
+        model,
+        trunk,
+        f"{prefix}.",
+        weight_decay=solver.WEIGHT_DECAY,
+        layer_decay=solver.LAYER_DECAY,
+        operator_lr=solver.OPERATOR_LR,
+        decay_biases=True,
+        norms=(ChannelLayerNorm,),
     )
+    return torch.optim.AdamW(groups, lr=solver.REFERENCE_LR, betas=(0.9, 0.999), fused=True)

@@ -1,12 +1,11 @@
 """Which parameters get weight decay, and how the learning rate falls from the head to the patch embedding."""
 
-from collections import defaultdict
-
 from mmengine.model import is_model_wrapper
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmseg.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
+from backbones.training.groups import DERIVED, parameter_groups
 from backbones.utils.errors import UserError
 
 from .backbone import KarvisBackbone
@@ -16,29 +15,26 @@ from .backbone import KarvisBackbone
 class KarvisOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Parameter groups for a segmentor with a KarvisBackbone.
 
-    No weight decay on norms, biases and what ``no_weight_decay()`` of the backbone names. With
-    ``paramwise_cfg=dict(layer_decay=r)``, layer i of a backbone of depth d has its learning rate times r^(d+1-i).
+    No weight decay on norms, biases and what ``no_weight_decay()`` of the backbone names. ``paramwise_cfg`` may hold
+    ``layer_decay=r``, layer i of a backbone of depth d has its learning rate times r^(d+1-i), and ``operator_lr``, see
+    ``backbones.training.groups.operator_rates``.
     """
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
         if is_model_wrapper(module):
             module = module.module
-        unknown = set(self.paramwise_cfg) - {"layer_decay"}
+        unknown = set(self.paramwise_cfg) - {"layer_decay", "operator_lr"}
         if unknown:
-            raise UserError(f"paramwise_cfg has no key {sorted(unknown)[0]!r} here. Valid: layer_decay.")
+            raise UserError(f"paramwise_cfg has no key {sorted(unknown)[0]!r} here. Valid: layer_decay, operator_lr.")
         if not isinstance(module.backbone, KarvisBackbone):
             raise UserError(f"{type(self).__name__} needs a KarvisBackbone, got {type(module.backbone).__name__}.")
-        net = module.backbone.net
-        rate = self.paramwise_cfg.get("layer_decay", 1.0)
-        undecayed = {f"backbone.net.{name}" for name in net.no_weight_decay()}
-        groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
-        for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            scale = 1.0
-            if name.startswith("backbone.net."):
-                scale = rate ** (net.depth + 1 - net.layer_id(name.removeprefix("backbone.net.")))
-            decay = 0.0 if parameter.ndim <= 1 or name in undecayed else self.base_wd
-            groups[scale, decay].append(parameter)
-        for (scale, decay), parameters in groups.items():
-            params.append({"params": parameters, "lr": self.base_lr * scale, "weight_decay": decay})
+        groups = parameter_groups(
+            module,
+            module.backbone.net,
+            "backbone.net.",
+            weight_decay=self.base_wd,
+            layer_decay=self.paramwise_cfg.get("layer_decay", 1.0),
+            operator_lr=self.paramwise_cfg.get("operator_lr", DERIVED),
+        )
+        for group in groups:
+            params.append({"lr": self.base_lr * group.pop("lr_scale"), **group})

@@ -1,4 +1,4 @@
-"""Multi-head attention: the projections every kind shares, and softmax with ViTDet's relative position embedding."""
+"""Multi-head attention: the projections that every kind shares, and the softmax."""
 
 from collections.abc import Mapping
 
@@ -18,16 +18,29 @@ class Attention(nn.Module):
         qkv_bias: queries, keys and values have a bias.
         drop_rate: dropout after the projection.
         attn_drop_rate: dropout of attention weights.
+        rel_pos: native (rows, columns) of a decomposed relative position embedding (ViTDet, arXiv 2203.16527), which
+            joins the scores of the softmax; other sizes interpolate it linearly. None = without.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool = True, drop_rate: float = 0.0, attn_drop_rate: float = 0.0
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        rel_pos: Grid | None = None,
     ):
         super().__init__()
         self.num_heads, self.attn_drop_rate = num_heads, attn_drop_rate
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(drop_rate)
+        self.has_rel_pos = rel_pos is not None
+        if rel_pos is not None:
+            self.rel_pos_h, self.rel_pos_w = (
+                nn.Parameter(torch.zeros(2 * size - 1, dim // num_heads)) for size in rel_pos
+            )
 
     def forward(self, x: Tensor, grid: Grid, prefix: int, key_mask: Tensor | None = None, shared=None) -> Tensor:
         """Mixes (B, N, C), where N = ``prefix`` + rows·columns of ``grid``.
@@ -42,15 +55,30 @@ class Attention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, prefix: int, key_mask: Tensor | None, shared) -> Tensor:
         """(B, h, N, d) from queries, keys and values of that shape."""
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self._drop_rate())
+        return self.softmax(q, k, v, grid, key_mask)
 
-    def _drop_rate(self) -> float:
-        return self.attn_drop_rate if self.training else 0.0
+    def softmax(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, key_mask: Tensor | None) -> Tensor:
+        """(B, h, N, d) of any h heads."""
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        if self.has_rel_pos:
+            bias = self._position_bias(q, grid)
+            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+        drop_rate = self.attn_drop_rate if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop_rate)
+
+    def _position_bias(self, q: Tensor, grid: Grid) -> Tensor:
+        """(B, h, N, N), what relative positions add to the scores."""
+        q_map = q.unflatten(2, grid)  # (B, h, H, W, d)
+        bias_h = torch.einsum("bnhwd,hkd->bnhwk", q_map, _relative(self.rel_pos_h, grid[0]))
+        bias_w = torch.einsum("bnhwd,wkd->bnhwk", q_map, _relative(self.rel_pos_w, grid[1]))
+        return (bias_h[..., :, None] + bias_w[..., None, :]).flatten(4).flatten(2, 3)
 
     def freeze_scores(self) -> None:
         """Keeps all that weighs the tokens as it starts; values and projection are trained."""
         self.qkv = FrozenScoresLinear(self.qkv)
+        if self.has_rel_pos:
+            self.rel_pos_h.requires_grad_(False)
+            self.rel_pos_w.requires_grad_(False)
 
 
 class FrozenScoresLinear(nn.Module):
@@ -79,42 +107,6 @@ def split_fused(state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tens
             queries, keys, values = state[f"{prefix}{name}"].chunk(3)
             parts |= {f"{prefix}qk.{name}": torch.cat([queries, keys]), f"{prefix}v.{name}": values}
     return parts
-
-
-class RelPosAttention(Attention):
-    """Softmax attention with decomposed relative position embedding (ViTDet, arXiv 2203.16527).
-
-    Args:
-        grid: native (rows, columns); other sizes interpolate the embedding linearly.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool,
-        grid: Grid,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-    ):
-        super().__init__(dim, num_heads, qkv_bias, drop_rate, attn_drop_rate)
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, dim // num_heads))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, dim // num_heads))
-
-    def freeze_scores(self) -> None:
-        super().freeze_scores()
-        self.rel_pos_h.requires_grad_(False)
-        self.rel_pos_w.requires_grad_(False)
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, prefix: int, key_mask: Tensor | None, shared) -> Tensor:
-        rows, columns = grid
-        q_map = q.unflatten(2, (rows, columns))  # (B, h, H, W, d)
-        bias_h = torch.einsum("bnhwd,hkd->bnhwk", q_map, _relative(self.rel_pos_h, rows))
-        bias_w = torch.einsum("bnhwd,wkd->bnhwk", q_map, _relative(self.rel_pos_w, columns))
-        bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(4).flatten(2, 3)  # (B, h, N, N)
-        if key_mask is not None:
-            bias = bias.masked_fill(~key_mask[:, None, None, :], float("-inf"))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=self._drop_rate())
 
 
 @torch.no_grad()

@@ -83,6 +83,15 @@ class Basis(ABC):
         outputs, inputs = next(iter(c.values())).shape[-2:]
         return by_rows(lambda part: self.total(_wide(part), c).to(v.dtype) @ v, z, self.row_size(outputs, inputs))
 
+    def pick(self, q: Tensor, k: Tensor, v: Tensor, c: Parameters, scale: float) -> Tensor:
+        """O_k = Σ_p φ_p(S_kp) v_p: (B, h, N, d) in v's type, S = scale · Q Kᵀ; the tensors of c end in (1, N)."""
+
+        def rows(part: Tensor) -> Tensor:
+            scores = (_wide(part) * scale) @ _wide(k).transpose(-2, -1)
+            return self.evaluate(scores[..., None, :], c).squeeze(-2).to(v.dtype) @ v
+
+        return by_rows(rows, q, 8 * k.shape[2])
+
     def draw(self, shape: tuple[int, ...], std: float) -> Tensor:
         return torch.randn(shape) * std
 
@@ -138,6 +147,13 @@ class Fourier(LinearBasis):
 
     def coefficients(self, c):
         return torch.cat([c["a"], c["b"]], 1)
+
+    def pick(self, q, k, v, c, scale):
+        # Σ_p a_mp cos(m S_kp) v_p is a sum over keys with coefficients a_mp v_p, others for each image and channel.
+        batch, heads = q.shape[:2]
+        a, b = ((c[name] * v.transpose(-2, -1)[:, :, None]).flatten(0, 1) for name in self.names)  # (B·h, G, d, N)
+        q, k = (t.flatten(0, 1)[None] for t in (q, k))
+        return fourier_phi(q, k, a, b, None, scale)[0].unflatten(0, (batch, heads)).to(v.dtype)
 
     def phi(self, q, k, c, key_mask, scale):
         return fourier_phi(q, k, c["a"], c["b"], key_mask, scale)

@@ -1,7 +1,6 @@
 """Kolmogorov-Arnold attention (KArAt, arXiv 2503.10632): softmax replaced by learnable functions of the scores."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +8,9 @@ from torch.nn import functional as F
 
 from ..utils.errors import UserError, check_choice
 from ..utils.rows import by_rows
-from .attention import Attention
-from .bases import BASE_FUNCTIONS, BASES, Base, Basis, Parameters
+from .bases import BASE_FUNCTIONS, BASES
+from .diagonal import DIAGONALS, Diagonal
+from .functions import Functions, Resample
 from .resample import Grid, resample_tokens
 from .simplex import project_simplex
 
@@ -23,102 +23,6 @@ PROJECTIONS = {
 }
 ORDERS = tuple(PROJECTIONS)
 INITS = ("variance_preserving", "paper")
-Resample = Callable[[Tensor, int, bool], Tensor]  # (tensor, token axis, keep the sum) to the tensor for other tokens
-
-
-class Functions(nn.Module):
-    """A matrix of (outputs × inputs) learnable functions per head, φ = scale_base · β + scale_basis · Σ of the basis.
-
-    Args:
-        basis: what the functions are made of.
-        shape: (heads, outputs, inputs).
-        token_axes: which of the two last axes are tokens, among −2 (outputs) and −1 (inputs).
-        std: of φ(x) for x ~ N(0, 1) at the start; None = the paper's literal start.
-        base: name of the base function β.
-        scales: make scale_base and scale_basis learnable, per function; else they are constants.
-    """
-
-    def __init__(
-        self,
-        basis: Basis,
-        shape: tuple[int, int, int],
-        token_axes: tuple[int, ...],
-        std: float | None,
-        base: str = "zero",
-        scales: bool = False,
-    ):
-        super().__init__()
-        self.basis, self.token_axes, self.shape = basis, token_axes, shape
-        self.base = None if base == "zero" else Base(base)
-        self.base_factor = 1.0 if std is None else std
-        for name, value in basis.start(shape, std).items():
-            self.register_parameter(name, nn.Parameter(value))
-        self.scales = scales
-        if scales:
-            self.scale_base = nn.Parameter(torch.ones(shape))
-            self.scale_basis = nn.Parameter(torch.ones(shape))
-
-    def token_axis(self, name: str) -> tuple[tuple[int, ...], bool]:
-        """(axes of a parameter that are tokens, whether their sum is kept when they are resampled)."""
-        return self.token_axes, self.basis.names.get(name, False)
-
-    def coefficients(self, resample: Resample) -> tuple[Parameters, Parameters | None]:
-        """The basis's tensors with scale and window folded in, and the base function's, at other tokens."""
-        own, window = {}, self.basis.window(self.shape[2])
-        for name, keep_sum in self.basis.names.items():
-            value = getattr(self, name)
-            if keep_sum and self.scales:
-                scale = self.scale_basis if value.dim() == 3 else self.scale_basis[:, None]
-                if self.base is None:  # its scale enters with weight 0, so that it has a gradient (zero) to reduce
-                    scale = scale + 0.0 * (self.scale_base if value.dim() == 3 else self.scale_base[:, None])
-                value = value * scale
-            if keep_sum and window is not None:
-                value = value * window.to(value)
-            own[name] = self._resampled(value, resample, keep_sum)
-        if self.base is None:
-            return own, None
-        like = next(self.parameters())
-        base = self.scale_base if self.scales else like.new_ones(self.shape)
-        return own, {"c": self._resampled(base * self.base_factor, resample, True)[:, None]}
-
-    @torch.no_grad()
-    def curve(self, x: Tensor, head: int, output: int, input: int) -> Tensor:
-        """φ_pq(x) of one function at its native tokens, x (M,) to (M,)."""
-        total = torch.zeros_like(x)
-        for basis, c in zip((self.basis, self.base), self.coefficients(lambda t, *_: t), strict=True):
-            if c is not None:
-                one = {name: t[head : head + 1, ..., output, input, None, None] for name, t in c.items()}
-                total += basis.evaluate(x.view(1, 1, -1, 1, 1), one).flatten()
-        return total
-
-    def _resampled(self, value: Tensor, resample: Resample, keep_sum: bool) -> Tensor:
-        for axis in self.token_axes:
-            value = resample(value, axis, keep_sum)
-        return value
-
-    def phi(self, q: Tensor, k: Tensor, resample: Resample, key_mask: Tensor | None, scale: float) -> Tensor:
-        """H (B, h, N, outputs): H_kp = Σ_q φ_pq(S_kq), S = scale · Q Kᵀ; inputs are the keys."""
-        own, base = self.coefficients(resample)
-        h = self.basis.phi(q, k, own, key_mask, scale)
-        return h if base is None else h + self.base.phi(q, k, base, key_mask, scale)
-
-    def mix(self, z: Tensor, v: Tensor, resample: Resample, key_mask: Tensor | None) -> Tensor:
-        """O (B, h, N, d): O_k = Σ_p v_p Σ_r φ_pr(z_kr); outputs are the keys."""
-        own, base = self.coefficients(resample)
-        out = self.basis.mix(z, v, own, key_mask)
-        return out if base is None else out + self.base.mix(z, v, base, key_mask)
-
-    def weights(self, resample: Resample) -> tuple[Callable[[Tensor], Tensor], int]:
-        """The function z (B, h, m, r) to Σ_r φ_pr(z_kr) (B, h, m, outputs), and the numbers it makes per query."""
-        own, base = self.coefficients(resample)
-        size = self.basis.row_size(*self.shape[1:])
-
-        def function(z: Tensor) -> Tensor:
-            z = z.to(torch.promote_types(z.dtype, torch.float32))
-            total = self.basis.total(z, own)
-            return total if base is None else total + self.base.total(z, base)
-
-        return function, size
 
 
 class KArAtOperator(nn.Module):
@@ -141,9 +45,11 @@ class KArAtOperator(nn.Module):
         init: ``variance_preserving`` starts functions and W so that the output keeps the values' variance; ``paper``
             draws literal N(0, 1) coefficients and leaves W at PyTorch's linear start.
         compiled: see AttentionConfig.
+        diagonal: functions ψ beside Φ̂, see ``diagonal.Diagonal``: ``none``, ``shared`` or ``positionwise``.
 
     Raises:
-        ValueError: for an unknown name, and for a rank above the number of tokens.
+        ValueError: for an unknown name, a diagonal with the projection ``after``, and a rank above the number of
+            tokens.
     """
 
     def __init__(
@@ -162,6 +68,7 @@ class KArAtOperator(nn.Module):
         spline_order: int = 3,
         init: str = "variance_preserving",
         compiled: bool = False,
+        diagonal: str = "none",
     ):
         super().__init__()
         check_choice("basis", basis, BASES)
@@ -169,6 +76,9 @@ class KArAtOperator(nn.Module):
         check_choice("base", base, BASE_FUNCTIONS)
         check_choice("init", init, INITS)
         check_choice(f"projection for order {order!r}", projection, PROJECTIONS[order])
+        check_choice("diagonal", diagonal, DIAGONALS)
+        if diagonal != "none" and projection == "after":
+            raise UserError(f"diagonal is {diagonal!r}; with the projection 'after' it must be 'none'.")
         n = grid[0] * grid[1] + prefix
         if order != "full" and rank > n:
             raise UserError(f"rank is {rank}; it must be at most {n}, the number of tokens.")
@@ -190,9 +100,13 @@ class KArAtOperator(nn.Module):
             shape = (num_heads, n, rank) if order == "w_phi" else (num_heads, rank, n)
             self.w = nn.Parameter(torch.empty(shape))
             if literal:
-                nn.init.uniform_(self.w, -1 / math.sqrt(shape[2]), 1 / math.sqrt(shape[2]))
+                bound = 1 / math.sqrt(shape[2])
+                self.w_std = bound / math.sqrt(3)
+                nn.init.uniform_(self.w, -bound, bound)
             else:
-                nn.init.normal_(self.w, std=1 / math.sqrt(n * rank if order == "w_phi" else n))
+                self.w_std = 1 / math.sqrt(n * rank if order == "w_phi" else n)
+                nn.init.normal_(self.w, std=self.w_std)
+        self.psi = None if diagonal == "none" else Diagonal(made, num_heads, n, diagonal == "positionwise")
 
     def token_axis(self, name: str) -> tuple[tuple[int, ...], bool]:
         """(token axes, whether their sum is kept) of the parameter ``name`` of the state dict."""
@@ -200,6 +114,37 @@ class KArAtOperator(nn.Module):
         if module:
             return self.get_submodule(module).token_axis(leaf)
         return (-2,) if self.order == "w_phi" else (-1,), True
+
+    def sensitivities(self) -> dict[str, float]:
+        """How far a step can move the output, by name of the tensor that is moved.
+
+        All numbers of a tensor move by 1, which is Adam's step at a learning rate of 1, with the signs that agree best:
+        the result is the change of the output over its size at the start, for scores from N(0, 1) and values whose mean
+        is as large as their spread. With σ the size of φ, σ' that of its slope and g the sum of |∂φ/∂θ|
+        (``Functions.sizes``), N tokens and rank r: √(rN) g/σ for tensors of Φ̂ in the orders ``w_phi`` and ``phi_w``
+        and of Φ̂₂, √(rN)/σ_W for W of ``w_phi``, √r N σ'/σ for W of ``phi_w``, √r N g σ'₂/σ₂ for Φ̂₁, N g/σ in
+        ``full`` and N g for ψ. With the start ``variance_preserving`` that is about G √r N for a and b of ``w_phi``,
+        and r N for its W.
+        """
+        n, rank = self.grid[0] * self.grid[1] + self.prefix, self.rank
+        phi = self.phi.sizes()
+        if self.order == "full":
+            factor = n / phi.value
+        elif self.order == "phi_phi":
+            phi2 = self.phi2.sizes()
+            factor = math.sqrt(rank) * n * phi2.slope / phi2.value
+        else:
+            factor = math.sqrt(rank * n) / phi.value
+        result = {f"phi.{name}": factor * gain for name, gain in phi.gains.items()}
+        if self.order == "phi_phi":
+            result |= {f"phi2.{name}": math.sqrt(rank * n) * gain / phi2.value for name, gain in phi2.gains.items()}
+        elif self.order == "w_phi":
+            result["w"] = math.sqrt(rank * n) / self.w_std
+        elif self.order == "phi_w":
+            result["w"] = math.sqrt(rank) * n * phi.slope / phi.value
+        if self.psi is not None:
+            result |= {f"psi.{name}": n * gain for name, gain in self.psi.sizes().gains.items()}
+        return result
 
     def macs(self, tokens: int) -> int:
         """(3G+1)·N²·r·h, the multiply-accumulates of the materialising form of arXiv 2503.10632 for one image."""
@@ -243,13 +188,15 @@ class KArAtOperator(nn.Module):
 
         # Scores and functions in float32, whatever autocast says; products with values in the values' type.
         with torch.autocast(q.device.type, enabled=False):
-            return self._mix(q, k, v, resample, key_mask, q.shape[-1] ** -0.5 if scale is None else scale)
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            if key_mask is not None:
+                k, v = (torch.where(key_mask[:, None, :, None], t, 0) for t in (k, v))
+            mixed = self._mix(q, k, v, resample, key_mask, scale)
+            return mixed if self.psi is None else mixed + self.psi(q, k, v, resample, scale)
 
     def _mix(
         self, q: Tensor, k: Tensor, v: Tensor, resample: Resample, key_mask: Tensor | None, scale: float
     ) -> Tensor:
-        if key_mask is not None:
-            k, v = (torch.where(key_mask[:, None, :, None], t, 0) for t in (k, v))
         if self.order == "full":
             return self._project(self._drop(self.phi.phi(q, k, resample, key_mask, scale)), key_mask, v.dtype) @ v
         if self.order == "phi_w":
@@ -280,38 +227,3 @@ class KArAtOperator(nn.Module):
         if self.projection == "after":
             weights = project_simplex(weights, None if key_mask is None else key_mask[:, None, None])
         return weights.to(dtype)
-
-
-class OperatorAttention(Attention):
-    """Attention whose scores pass an operator of its own, or one shared by all blocks, instead of the softmax.
-
-    Args:
-        operator: a KArAtOperator or PointwiseOperator; None when ``forward`` is given a shared one.
-        heads: indices of the heads that the operator serves, the others use softmax; None = all.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool,
-        operator: nn.Module | None,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        heads: tuple[int, ...] | None = None,
-    ):
-        super().__init__(dim, num_heads, qkv_bias, drop_rate, attn_drop_rate)
-        self.operator = operator
-        self.heads = heads
-        if heads is not None:
-            self.others = tuple(i for i in range(num_heads) if i not in heads)
-            order = torch.tensor([*heads, *self.others])
-            self.register_buffer("head_order", order.argsort(), persistent=False)
-
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, prefix: int, key_mask: Tensor | None, shared) -> Tensor:
-        operator = shared if self.operator is None else self.operator
-        if self.heads is None:
-            return operator(q, k, v, grid, prefix, key_mask)
-        mixed = operator(*(t[:, list(self.heads)] for t in (q, k, v)), grid, prefix, key_mask)
-        softmax = super().mix(*(t[:, list(self.others)] for t in (q, k, v)), grid, prefix, key_mask, shared)
-        return torch.cat([mixed, softmax.to(mixed.dtype)], 1)[:, self.head_order]

@@ -6,10 +6,11 @@ from timm.layers import Mlp
 from torch import nn
 
 from ..config import BackboneConfig
-from ..layers.attention import Attention, RelPosAttention
+from ..layers.attention import Attention
 from ..layers.gpsa import GatedAttention
 from ..layers.gr_kan import GRKAN, GroupRational
-from ..layers.karat import KArAtOperator, OperatorAttention
+from ..layers.karat import KArAtOperator
+from ..layers.operator_attention import OperatorAttention
 from ..layers.pointwise import PointwiseOperator
 from ..layers.spline_kan import SplineKAN
 
@@ -34,6 +35,7 @@ def make_operator(config: BackboneConfig, block: int, num_heads: int) -> nn.Modu
         attention.spline_order,
         attention.init,
         attention.compiled,
+        attention.diagonal,
     )
     return operator.requires_grad_(not attention.frozen)
 
@@ -49,16 +51,18 @@ def make_attention(config: BackboneConfig, block: int) -> nn.Module:
     """The attention of a ViT's block."""
     attention, kind = config.attention, config.attention_kind(block)
     sizes, rates = (config.embed_dim, config.num_heads, config.qkv_bias), (config.drop_rate, attention.drop_rate)
+    rel_pos = config.token_grid(block) if attention.rel_pos else None
     if kind == "gpsa":
         module: nn.Module = GatedAttention(*sizes, *rates)
-    elif kind == "softmax" and attention.rel_pos:
-        module = RelPosAttention(*sizes, config.token_grid(block), *rates)
     elif kind == "softmax":
-        module = Attention(*sizes, *rates)
+        module = Attention(*sizes, *rates, rel_pos)
     else:
         shared = kind == "karat" and attention.mode == "universal"
         operator = None if shared else make_operator(config, block, config.num_heads)
-        module = OperatorAttention(*sizes, operator, *rates, attention.heads)
+        blend = attention.blend
+        module = OperatorAttention(
+            *sizes, operator, *rates, attention.heads, blend, rel_pos if blend == "add" else None
+        )
     if config.freezes_scores(block):
         module.freeze_scores()
     return module
@@ -93,9 +97,11 @@ def operators(network: nn.Module) -> dict[str, KArAtOperator]:
 
 
 def undecayed(network: nn.Module) -> Iterator[str]:
-    """Names of the parameters of the parts that no optimizer should decay: rationals and relative positions."""
+    """Names of the parameters of the parts that no optimizer should decay: rationals, relative positions, gates."""
     for prefix, module in network.named_modules():
         if isinstance(module, GroupRational):
             yield from (f"{prefix}.weight_numerator", f"{prefix}.weight_denominator")
-        if isinstance(module, RelPosAttention):
+        if isinstance(module, Attention) and module.has_rel_pos:
             yield from (f"{prefix}.rel_pos_h", f"{prefix}.rel_pos_w")
+        if getattr(module, "gate", None) is not None:
+            yield f"{prefix}.gate"

@@ -26,17 +26,21 @@ SIZES = {
     },
 }
 _TRUNKS = {"vit": {}, "convit": {"qkv_bias": False}, "swin": {"class_token": False}}
-# family: trunk, attention, feed-forward
+# family: trunk, attention, feed-forward; gated_karat is softmax with KArAt beside it
 FAMILIES = {
     "vit": ("vit", "softmax", "mlp"),
     "karat": ("vit", "karat", "mlp"),
     "kat": ("vit", "softmax", "grkan"),
     "karkat": ("vit", "karat", "grkan"),
+    "gated_karat": ("vit", "gated_karat", "mlp"),
+    "gated_karkat": ("vit", "gated_karat", "grkan"),
     "vitkan": ("vit", "softmax", "kan"),
     "convit": ("convit", "softmax", "mlp"),
     "karat_convit": ("convit", "karat", "mlp"),
+    "gated_karat_convit": ("convit", "gated_karat", "mlp"),
     "swin": ("swin", "softmax", "mlp"),
     "karat_swin": ("swin", "karat", "mlp"),
+    "gated_karat_swin": ("swin", "gated_karat", "mlp"),
 }
 
 
@@ -58,7 +62,8 @@ def _check(what: str, value: str, table: Iterable[str]) -> None:
 def _row(family: str, size: str) -> dict[str, Any]:
     trunk, attention, ffn = FAMILIES[family]
     harmonics = 1 if (trunk, size) == ("vit", "base") else 3  # the paper's best
-    choices = {"attention": {"kind": attention, "grid": harmonics}, "ffn": {"kind": ffn}}
+    mixing = {"kind": "karat", "blend": "add"} if attention == "gated_karat" else {"kind": attention}
+    choices = {"attention": mixing | {"grid": harmonics}, "ffn": {"kind": ffn}}
     return SIZES[trunk][size] | _TRUNKS[trunk] | choices
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..config import BackboneConfig, check_patch_multiple
 from ..layers.attention import FrozenScoresLinear, mimetic_start
 from ..layers.karat import KArAtOperator
+from ..layers.operator_attention import gated
 from ..layers.windows import window_partition, window_unpartition
 from . import parts
 
@@ -30,6 +31,8 @@ class WindowAttention(timm_swin.WindowAttention):
         super().__init__(dim, num_heads, window_size=config.window_size, qkv_bias=config.qkv_bias, **rates)
         softmax = config.attention_kind(index) == "softmax"
         self.operator = None if softmax else parts.make_operator(config, index, num_heads)
+        adds = not softmax and config.attention.blend == "add"
+        self.gate = nn.Parameter(torch.zeros(num_heads)) if adds else None
         if config.freezes_scores(index):
             self.qkv = FrozenScoresLinear(self.qkv)
             self.relative_position_bias_table.requires_grad_(False)
@@ -39,16 +42,25 @@ class WindowAttention(timm_swin.WindowAttention):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self._get_rel_pos_bias().to(q.dtype)  # (1, h, queries, keys)
         if self.operator is None:
-            if key_mask is not None:
-                bias = bias.masked_fill(~key_mask[:, None, None], -torch.inf)
-            drop_rate = self.attn_drop.p if self.training else 0.0
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop_rate)
+            mixed = self._softmax(q, k, v, bias, key_mask)
+        elif self.gate is None:
+            mixed = self._operate(q, k, v, bias, key_mask)
         else:
-            query = torch.eye(self.window_area, dtype=q.dtype, device=q.device) / self.scale
-            q = torch.cat([q, query.expand(*q.shape[:2], -1, -1)], -1)
-            k = torch.cat([k, bias.transpose(-2, -1).expand(len(k), -1, -1, -1)], -1)
-            mixed = self.operator(q, k, v, self.window_size, 0, key_mask, self.scale)
+            softmax = self._softmax(q, k, v, bias, key_mask)
+            mixed = softmax + gated(self.gate, self._operate(q, k, v, bias, key_mask), softmax.dtype)
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2).to(x.dtype)))
+
+    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key_mask: Tensor | None) -> Tensor:
+        if key_mask is not None:
+            bias = bias.masked_fill(~key_mask[:, None, None], -torch.inf)
+        drop_rate = self.attn_drop.p if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop_rate)
+
+    def _operate(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, key_mask: Tensor | None) -> Tensor:
+        query = torch.eye(self.window_area, dtype=q.dtype, device=q.device) / self.scale
+        q = torch.cat([q, query.expand(*q.shape[:2], -1, -1)], -1)
+        k = torch.cat([k, bias.transpose(-2, -1).expand(len(k), -1, -1, -1)], -1)
+        return self.operator(q, k, v, self.window_size, 0, key_mask, self.scale)
 
 
 class SwinBlock(timm_swin.SwinTransformerBlock):
