@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .layer_config import AttentionConfig, FfnConfig
+from .layers.karat import check_full
 from .utils.errors import UserError, check_keys
 from .utils.values import check_bool, check_positive, check_rate, int_tuple
 
@@ -171,7 +172,9 @@ class BackboneConfig:
         for block in range(self.depth):
             rows, columns = self.token_grid(block)
             rank, tokens = attention.of_block("rank", block), rows * columns + self.prefix(block)
-            if self.is_karat(block) and attention.order != "full" and rank > tokens:
+            if self.is_karat(block) and attention.order == "full":
+                check_full(tokens, f"block {block}")
+            elif self.is_karat(block) and rank > tokens:
                 raise UserError(
                     f"attention.rank {rank} exceeds the {tokens} tokens of a map or window in block {block}. "
                     f"Use at most {tokens}."

@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from backbones.training.groups import check_operator_lr
 from backbones.utils.errors import UserError, check_choice, check_keys
 
 
@@ -63,6 +64,7 @@ class Train:
     precision: str = "auto"  # bf16 on GPUs that have it, else fp32
     eval_every: int = 1  # epochs
     log_every: int = 20  # steps
+    log_operators: bool = True  # scores, outputs and steps of KArAt's operators, and gradients by part
     seed: int = 0
 
 
@@ -90,6 +92,7 @@ class Recipe:
         for name in ("epochs", "batch_size", "reference_batch", "eval_every", "log_every"):
             if getattr(self.train, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self.train, name)}; it must be at least 1.")
+        check_operator_lr(self.train.operator_lr, "train.operator_lr")
         positive = ("lr", "eps")
         for name in ("warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", *positive):
             value = getattr(self.train, name)
@@ -182,6 +185,8 @@ def _cast(value: Any, kind: Any, where: str) -> Any:
     try:
         if kind is float and not isinstance(value, bool):
             return float(value)
+        if kind is bool and isinstance(value, bool):
+            return value
         if kind is int and not isinstance(value, bool | float):
             return int(value)
         if kind is str and isinstance(value, str | int | float | type(None)):

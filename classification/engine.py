@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from backbones import BackboneConfig, create_backbone
 from backbones.checkpoint import load_weights, read_metadata, save_backbone
 from backbones.training.groups import describe_rates, parameter_groups
+from backbones.training.monitor import OperatorMonitor
 from backbones.utils.errors import UserError
 from backbones.utils.files import atomic_path, make_folder, write_json
 from backbones.utils.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
@@ -58,10 +59,10 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
     optimizer, scheduler = _schedule(recipe, network, steps, batch)
     ema = ModelEmaV3(network, decay=options.ema_decay, use_warmup=True) if options.ema_decay else None
     model = nn.parallel.DistributedDataParallel(network) if world.size > 1 else network
-    mixup = _mixup(recipe, len(source.classes))
-    precision = _precision(options.precision, world.device)
+    mixup, precision = _mixup(recipe, len(source.classes)), _precision(options.precision, world.device)
 
     start = _load_state(output / STATE, network, ema, optimizer) if resume else 0
+    monitor = OperatorMonitor(network, network, optimizer) if world.is_main and options.log_operators else None
     log = MetricsLog(output, resume_step=start * steps if resume else None) if world.is_main else None
     if world.is_main:
         _announce(recipe, network, source, held_out, steps, batch, f"{precision or 'fp32'} on {world.device}")
@@ -71,7 +72,7 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
     for epoch in range(start, options.epochs):
         began = time.perf_counter()
         loss = _train_epoch(
-            epoch, recipe, model, ema, optimizer, scheduler, mixup, batches, precision, world, log, skips
+            epoch, recipe, model, ema, optimizer, scheduler, mixup, batches, precision, world, log, monitor, skips
         )
         busy += time.perf_counter() - began
         seen += steps * batch
@@ -157,9 +158,8 @@ def _announce(
     print(
         f"{network.config.arch}: {count_parameters(network) / 1e6:.2f}M parameters, {len(source)} images, "
         f"{len(source.classes)} classes\nlr {options.lr:g} at batch {options.reference_batch} -> {lr:g} at batch "
-        f"{batch}; {options.epochs} epochs = {steps * options.epochs} steps; {where}",
-        describe_rates(network, options.operator_lr),
-        sep="\n",
+        f"{batch}; {options.epochs} epochs = {steps * options.epochs} steps; {where}"
+        f"{describe_rates(network, options.operator_lr)}",
         flush=True,
     )
 
@@ -239,16 +239,19 @@ def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _train_epoch(
-    epoch, recipe, model, ema, optimizer, scheduler, mixup, batches, precision, world, log, skips
+    epoch, recipe, model, ema, optimizer, scheduler, mixup, batches, precision, world, log, monitor, skips
 ) -> float:
     """One pass over the data; returns the mean training loss."""
     options, steps = recipe.train, len(batches)
     start_epoch(batches, options.seed, epoch)
     model.train()
-    total = 0.0
+    total, largest = 0.0, 0.0
     for i, (images, targets) in enumerate(_progress(batches, f"epoch {epoch + 1}", world.is_main)):
         step = epoch * steps + i
         scheduler.step_update(step)
+        logged = log and (step + 1) % options.log_every == 0
+        if logged and monitor:
+            monitor.watch()
         images, targets = images.to(world.device), targets.to(world.device)
         if mixup:
             images, targets = mixup(images, targets)
@@ -260,15 +263,17 @@ def _train_epoch(
             _stop_nonfinite(model, images, step, value)
         optimizer.zero_grad()
         loss.backward()
-        if options.clip_grad:
-            nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad or float("inf"))
+        largest = max(largest, grad_norm.item())
         optimizer.step()
         if ema:
             ema.update(getattr(model, "module", model), step=step + 1)
         total += value
-        if log and (step + 1) % options.log_every == 0:
+        if logged:
             rate = max(group["lr"] for group in optimizer.param_groups)
-            log.write(step + 1, (step + 1) / steps, "train", {"loss": value, "lr": rate})
+            values = {"loss": value, "lr": rate, "grad_norm": grad_norm.item(), "grad_norm_max": largest}
+            log.write(step + 1, (step + 1) / steps, "train", values | (monitor.values() if monitor else {}))
+            largest = 0.0
     skips.check()
     return total / steps
 

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode, get_cfg
 from backbones.config import BackboneConfig
 from backbones.layer_config import AttentionConfig, FfnConfig
 from backbones.models.presets import SIZES, preset_config, resize_arch
+from backbones.training.groups import check_operator_lr
 from backbones.utils.errors import UserError, check_choice, check_keys, suggest
 
 from .backbone import backbone_config, pyramid_strides
@@ -94,6 +95,7 @@ def get_config() -> CfgNode:
     solver.AMP.ENABLED = True  # bf16, on GPUs that have it
     solver.CHECKPOINT_EPOCHS = 1.0
     solver.LOG_STEPS = 20
+    solver.LOG_OPERATORS = True  # scores, outputs and steps of KArAt's operators, and gradients by part
     cfg.TEST.EVAL_EPOCHS = 0.0  # 0 = after the last epoch only
     cfg.SEED = 0
     cfg.OUTPUT_DIR = "runs/detection"
@@ -181,6 +183,8 @@ def _coerced(value: Any, current: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    if isinstance(current, str) and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
     if isinstance(current, list | tuple) and isinstance(value, list | tuple):
         return type(current)(value)
     raise UserError(f"{where} is {value!r}; it must be a {type(current).__name__}, such as {current!r}.")
@@ -244,6 +248,7 @@ def _check_ranges(cfg: CfgNode) -> None:
     for key in positive:
         if cfg.SOLVER[key] <= 0:
             raise UserError(f"SOLVER.{key} is {cfg.SOLVER[key]}; it must be more than 0.")
+    check_operator_lr(cfg.SOLVER.OPERATOR_LR, "SOLVER.OPERATOR_LR")
     if not isinstance(cfg.INPUT.IMAGE_SIZE, int) or cfg.INPUT.IMAGE_SIZE <= 0:
         raise UserError(f"INPUT.IMAGE_SIZE is {cfg.INPUT.IMAGE_SIZE}; it must be a number of pixels, such as 1024.")
     if not 0 < cfg.INPUT.LSJ.MIN_SCALE <= cfg.INPUT.LSJ.MAX_SCALE:

@@ -14,12 +14,14 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from backbones.training.monitor import OperatorMonitor
 from backbones.utils.errors import UserError
 from backbones.utils.files import make_folder, read_json, write_json
 from backbones.utils.nonfinite import first_nonfinite, first_nonfinite_module
 from backbones.utils.rng import seed_everything, set_random_state
 from backbones.utils.skips import SkipCounter
 
+from .backbone import find_trunk
 from .config import load_config
 from .datasets import CocoSummary, check_same_classes, register_datasets
 from .evaluation import evaluate, measure_cost, predict
@@ -68,6 +70,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     run = prepare(cfg, resume)
     schedule = run.schedule
     journal = Journal(run) if comm.is_main_process() else None
+    _, trunk = find_trunk(run.model)
+    monitor = OperatorMonitor(run.model, trunk, run.optimizer) if journal and cfg.SOLVER.LOG_OPERATORS else None
     clock = Clock(run.saved["extra"]["speed"] if run.saved else [])
     batches = iter(run.loader)
     run.network.train()
@@ -78,17 +82,20 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     with EventStorage(run.start):
         for step in range(run.start, schedule.total_steps):
             lr = schedule.lr(step)
-            losses, grad_norm = train_step(run, next(batches), lr, step)
-
             done = step + 1
             last = done == schedule.total_steps
+            logged = done % cfg.SOLVER.LOG_STEPS == 0 or last
+            if logged and monitor:
+                monitor.watch()
+            losses, grad_norm = train_step(run, next(batches), lr, step)
+
             clock.tick()
             if journal:
-                journal.add(losses)
-            if done % cfg.SOLVER.LOG_STEPS == 0 or last:
+                journal.add(losses, grad_norm)
+            if logged:
                 clock.close_stretch()
                 if journal:
-                    journal.train(done, {"lr": lr, "grad_norm": float(grad_norm)}, clock)
+                    journal.train(done, {"lr": lr} | (monitor.values() if monitor else {}), clock)
             if last or (schedule.eval_steps and done % schedule.eval_steps == 0):
                 figures = evaluate(cfg, run.model, run.test_set.name)
                 run.network.train()

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from backbones.training.groups import describe_rates
 from backbones.utils.runlog import MetricsLog, write_provenance
 
+from .backbone import find_trunk
 from .state import CHECKPOINT, config_values
 
 if TYPE_CHECKING:
@@ -43,25 +45,29 @@ class Journal:
         self.schedule = run.schedule
         self._steps = 0  # since the last line of the log
         self._sums: dict[str, Tensor | float] = {}
+        self._norms: list[Tensor] = []
         # Of an earlier run; this one writes its own when it is done.
         (run.folder / "metrics.json").unlink(missing_ok=True)
         self.log = MetricsLog(run.folder, resume_step=run.start if run.saved else None)
         write_provenance(run.folder, config_values(run.cfg), run.cfg.SEED, _protocol(run))
-        print(f"{run.cfg.MODEL.VIT.arch}: {run.schedule}", flush=True)
+        rates = describe_rates(find_trunk(run.model)[1], run.cfg.SOLVER.OPERATOR_LR)
+        print(f"{run.cfg.MODEL.VIT.arch}: {run.schedule}{rates}", flush=True)
         if run.saved:
             print(f"continuing from step {run.start} of {run.folder / CHECKPOINT}", flush=True)
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Counts a step's losses into the mean that the next line of the log shows."""
+    def add(self, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
+        """Counts a step's losses into the mean that the next line of the log shows, and the gradient's norm."""
         self._steps += 1
+        self._norms.append(grad_norm.detach())
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + loss.detach()
 
     def train(self, done: int, others: dict[str, float], clock: Clock) -> None:
         values = {name: float(total) / self._steps for name, total in self._sums.items()}
-        self._steps, self._sums = 0, {}
+        norms = {"grad_norm": float(self._norms[-1]), "grad_norm_max": float(max(self._norms))}
+        self._steps, self._sums, self._norms = 0, {}, []
         images_per_s = self.schedule.batch_size / clock.speed[-1]
-        values = {"loss": sum(values.values()), **values, **others, "images_per_s": images_per_s}
+        values = {"loss": sum(values.values()), **values, **norms, **others, "images_per_s": images_per_s}
         self.log.write(done, self.schedule.epoch(done), "train", values)
         minutes = (self.schedule.total_steps - done) * clock.seconds_per_step / 60
         print(

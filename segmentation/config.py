@@ -11,6 +11,7 @@ from mmseg.utils import register_all_modules
 
 from backbones.config import BackboneConfig
 from backbones.models.presets import SIZES, preset_config, resize_arch
+from backbones.training.groups import DERIVED, check_operator_lr
 from backbones.utils.errors import UserError, check_choice, check_keys
 
 from .datasets import class_metainfo, class_weights
@@ -99,6 +100,8 @@ def derive(cfg: Config) -> None:
         model.test_cfg.setdefault("crop_size", crop)
         model.test_cfg.setdefault("stride", (cfg.crop_size * 2 // 3,) * 2)
 
+    paramwise = cfg.optim_wrapper.get("paramwise_cfg") or {}
+    check_operator_lr(paramwise.get("operator_lr", DERIVED), "optim_wrapper.paramwise_cfg.operator_lr")
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.data_root = cfg.data_root
         loader.dataset.seed = cfg.randomness.seed

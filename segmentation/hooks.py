@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 from mmseg.registry import HOOKS
 
+from backbones.training.groups import DERIVED, describe_rates
+from backbones.training.monitor import OperatorMonitor
 from backbones.utils.rng import seed_everything
 from backbones.utils.runlog import MetricsLog
 
@@ -43,10 +46,17 @@ def _is_plain(value: Any) -> bool:
 
 @HOOKS.register_module()
 class MetricsHook(Hook):
-    """Writes metrics.jsonl and TensorBoard events, and prints a line every ``interval`` iterations."""
+    """Writes metrics.jsonl and TensorBoard events, and prints a line every ``interval`` iterations.
 
-    def __init__(self, interval: int = 50):
-        self.interval = interval
+    Args:
+        interval: iterations.
+        operators: log scores, outputs and steps of KArAt's operators, and gradients by part.
+    """
+
+    def __init__(self, interval: int = 50, operators: bool = True):
+        self.interval, self.operators = interval, operators
+        self._monitor: OperatorMonitor | None = None
+        self._norms: list[float] = []
         self.iteration_seconds: list[float] = []
         self._log: MetricsLog | None = None
         self._before = 0.0
@@ -54,19 +64,39 @@ class MetricsHook(Hook):
     def before_train(self, runner) -> None:
         if is_main_process():
             self._log = MetricsLog(runner.work_dir, resume_step=runner.iter or None)
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            operator_lr = (runner.cfg.optim_wrapper.get("paramwise_cfg") or {}).get("operator_lr", DERIVED)
+            print(f"{runner.max_iters} iterations{describe_rates(model.backbone.net, operator_lr)}", flush=True)
+            if self.operators:
+                self._monitor = OperatorMonitor(model, model.backbone.net, runner.optim_wrapper.optimizer)
         self._start, self._first = time.perf_counter(), runner.iter
         self._before = self._start
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        if self._monitor and self._is_logged(runner):
+            self._monitor.watch()
+
+    def _is_logged(self, runner) -> bool:
+        """Whether the iteration that runs now gets a line."""
+        step = runner.iter + 1
+        return step % self.interval == 0 or step == runner.max_iters
 
     def after_train_iter(self, runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
         now = time.perf_counter()
         self.iteration_seconds.append(now - self._before)
         self._before = now
-        step = runner.iter + 1
-        if self._log is None or (step % self.interval and step != runner.max_iters):
+        if "train/grad_norm" in runner.message_hub.log_scalars:
+            self._norms.append(float(runner.message_hub.get_scalar("train/grad_norm").current()))
+        if self._log is None or not self._is_logged(runner):
             return
+        step = runner.iter + 1
         values = {name: torch.as_tensor(value).item() for name, value in (outputs or {}).items()}
         values["lr"] = max(lr for lrs in runner.optim_wrapper.get_lr().values() for lr in lrs)
-        self._log.write(step, self._epoch(runner, step), "train", values)
+        if self._norms:
+            values |= {"grad_norm": self._norms[-1], "grad_norm_max": max(self._norms)}
+            self._norms.clear()
+        watched = self._monitor.values() if self._monitor else {}
+        self._log.write(step, self._epoch(runner, step), "train", values | watched)
         left = (now - self._start) / (step - self._first) * (runner.max_iters - step)
         print(
             f"iteration {step}/{runner.max_iters}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  {left:.0f} s left"

@@ -24,6 +24,8 @@ FORBIDDEN = {
     "detection": {"classification", "segmentation", "suite", "report", "mmengine", "mmcv", "mmseg"},
     "segmentation": {"classification", "detection", "suite", "report", "detectron2"},
     "tools/suite": {"report"},
+    "backbones/models": {"training"},
+    "backbones/layers": {"models", "training"},
 }
 
 
@@ -34,6 +36,8 @@ def imported(path):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.module.split(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.level == 2:  # from a sibling of the package
+            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)

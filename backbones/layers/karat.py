@@ -23,6 +23,7 @@ PROJECTIONS = {
 }
 ORDERS = tuple(PROJECTIONS)
 INITS = ("variance_preserving", "paper")
+FULL_TOKENS = 1024  # at most in the order "full": its functions and weights grow with N², 24 MiB per head at G = 3
 
 
 class KArAtOperator(nn.Module):
@@ -80,7 +81,9 @@ class KArAtOperator(nn.Module):
         if diagonal != "none" and projection == "after":
             raise UserError(f"diagonal is {diagonal!r}; with the projection 'after' it must be 'none'.")
         n = grid[0] * grid[1] + prefix
-        if order != "full" and rank > n:
+        if order == "full":
+            check_full(n)
+        elif rank > n:
             raise UserError(f"rank is {rank}; it must be at most {n}, the number of tokens.")
         self.grid, self.prefix, self.order, self.projection, self.drop_rate = grid, prefix, order, projection, drop_rate
         self.rank, self.harmonics = rank, harmonics
@@ -180,6 +183,9 @@ class KArAtOperator(nn.Module):
                 "give the grid that the tokens come from."
             )
 
+        if self.order == "full":
+            check_full(q.shape[2])
+
         def resample(t: Tensor, axis: int, keep_sum: bool) -> Tensor:
             if (grid, prefix) == (self.grid, self.prefix):
                 return t
@@ -227,3 +233,12 @@ class KArAtOperator(nn.Module):
         if self.projection == "after":
             weights = project_simplex(weights, None if key_mask is None else key_mask[:, None, None])
         return weights.to(dtype)
+
+
+def check_full(tokens: int, where: str = "") -> None:
+    """Raises UserError when the order ``full`` would hold more than FULL_TOKENS² functions per head."""
+    if tokens > FULL_TOKENS:
+        raise UserError(
+            f"order 'full' has N×N functions per head, and {where or 'an operator'} has {tokens} tokens; at most "
+            f"{FULL_TOKENS} fit into memory. Use a smaller image or window, or attention.order 'w_phi' or 'phi_w'."
+        )

@@ -29,7 +29,7 @@ def operator_rates(trunk: nn.Module, operator_lr: float | str = DERIVED) -> dict
     Raises:
         UserError: for another word, and a factor that is not positive.
     """
-    factor = None if operator_lr == DERIVED else _positive(operator_lr)
+    factor = check_operator_lr(operator_lr)
     return {
         f"{operator_name}.{name}": min(1.0, OPERATOR_STEP / max(sensitivity, 1e-12)) if factor is None else factor
         for operator_name, operator in trunk.operators().items()
@@ -74,7 +74,7 @@ def parameter_groups(
 
 
 def describe_rates(trunk: nn.Module, operator_lr: float | str = DERIVED) -> str:
-    """One line: the range of each kind of tensor's factor over the blocks; empty without operators."""
+    """A line of its own: the range of each kind of tensor's factor over the blocks; empty without operators."""
     by_kind: dict[str, list[float]] = defaultdict(list)
     for name, rate in operator_rates(trunk, operator_lr).items():
         by_kind[name.rpartition("operator.")[2]].append(rate)
@@ -85,17 +85,20 @@ def describe_rates(trunk: nn.Module, operator_lr: float | str = DERIVED) -> str:
         for kind, rates in by_kind.items()
     ]
     how = "derived from tokens, G, rank and order" if operator_lr == DERIVED else "as set"
-    return f"KArAt's tensors learn at these shares of the rate ({how}): {', '.join(shown)}"
+    return f"\nKArAt's tensors learn at these shares of the rate ({how}): {', '.join(shown)}"
 
 
-def _positive(value: float | str) -> float:
+def check_operator_lr(value: float | str, name: str = "operator_lr") -> float | None:
+    """The factor that ``value`` says, None for ``derived``; UserError, which calls it ``name``, for what is neither."""
+    if value == DERIVED:
+        return None
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = -1.0
     if not 0 < number < float("inf") or isinstance(value, bool):
         raise UserError(
-            f"operator_lr is {value!r}; it must be {DERIVED!r}, or a positive factor of the learning rate: 1.0 is the "
+            f"{name} is {value!r}; it must be {DERIVED!r}, or a positive factor of the learning rate: 1.0 is the "
             "paper's one rate for all tensors."
         )
     return number

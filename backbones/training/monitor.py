@@ -1,4 +1,4 @@
-"""What KArAt's operators do while they train: their scores, their output, how far a step moves it, and gradient norms."""
+"""What KArAt's operators do while they train: scores, output, how far a step moves it, and the parts' gradients."""
 
 import re
 from collections import defaultdict
@@ -27,23 +27,24 @@ class _Probe:
 class OperatorMonitor:
     """Watches the operators of a backbone in single training steps; costs nothing in the others.
 
-    Call ``watch`` before the forward pass, ``before_step`` after the backward pass and ``after_step`` after the
-    optimizer's step.
+    Call ``watch`` before a step's forward pass and ``values`` after the step.
 
     Args:
         model: what is trained.
         trunk: the Karvis backbone within it.
+        optimizer: of the model.
     """
 
-    def __init__(self, model: nn.Module, trunk: nn.Module):
+    def __init__(self, model: nn.Module, trunk: nn.Module, optimizer: torch.optim.Optimizer):
         self.model, self.operators = model, trunk.operators()
-        self.gates = {n: p for n, p in trunk.named_parameters() if n.endswith(".gate")}
+        self.gates = {n.removesuffix(".gate"): p for n, p in trunk.named_parameters() if n.endswith(".gate")}
         self._probes: dict[str, _Probe] = {}
         self._hooks: list[Any] = []
         self._norms: dict[str, float] = {}
+        optimizer.register_step_pre_hook(lambda *_: self._before_step())
 
     def watch(self) -> None:
-        """From now on the operators' arguments are kept."""
+        """The operators' arguments are kept until the optimizer's next step."""
         for name, operator in self.operators.items():
 
             def keep(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
@@ -52,8 +53,9 @@ class OperatorMonitor:
 
             self._hooks.append(operator.register_forward_pre_hook(keep))
 
-    def before_step(self) -> None:
-        """Takes the gradients' norms and the operators' outputs."""
+    def _before_step(self) -> None:
+        if not self._hooks:
+            return
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -61,19 +63,21 @@ class OperatorMonitor:
         for name, probe in self._probes.items():
             probe.output = self._output(name, probe)
 
-    def after_step(self) -> dict[str, float]:
-        """Figures of this step.
+    def values(self) -> dict[str, float]:
+        """Figures of the step that was watched, of one image or window; empty without operators.
 
         Returns:
-            per operator ``NAME/score_max`` (largest |score|), ``NAME/score_std``, ``NAME/output`` (root mean square
-            over that of the values) and ``NAME/step`` (that of the output's change by this step over the output's);
-            ``gate/NAME``, mean of a block's |gates|; ``grad_norm/PART``.
+            per operator ``NAME/score_max`` (largest |score|) and ``NAME/score_std`` of its first head, ``NAME/output``
+            (root mean square over that of the values) and ``NAME/step`` (that of the output's change by this step over
+            the output's); ``NAME/gate``, mean of a block's |gates|; ``grad_norm/PART``, after clipping.
         """
         values: dict[str, float] = {}
         for name, probe in self._probes.items():
+            if probe.output is None:  # an optimizer that calls no hooks
+                continue
             q, k, v = (t.float() for t in probe.arguments[:3])
             scale = probe.arguments[6] if len(probe.arguments) > 6 else q.shape[-1] ** -0.5
-            scores = q[0, 0] @ k[0, 0].T * scale  # of one head: N×N numbers
+            scores = q[0, 0] @ k[0, 0].T * scale
             change = self._output(name, probe) - probe.output
             place = name.removesuffix(".operator")
             values |= {
@@ -82,10 +86,9 @@ class OperatorMonitor:
                 f"{place}/output": _ratio(probe.output, v),
                 f"{place}/step": _ratio(change, probe.output),
             }
-        values |= {
-            f"gate/{name.removesuffix('.gate')}": gate.detach().abs().mean().item() for name, gate in self.gates.items()
-        }
-        values |= {f"grad_norm/{part}": norm for part, norm in self._norms.items()}
+        if values:
+            values |= {f"{name}/gate": gate.detach().abs().mean().item() for name, gate in self.gates.items()}
+            values |= {f"grad_norm/{part}": norm for part, norm in self._norms.items()}
         self._probes.clear()
         return values
 

@@ -98,7 +98,9 @@ optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
     constructor="KarvisOptimWrapperConstructor",
-    paramwise_cfg=dict(layer_decay=1.0),  # 0.65 to 0.9 is customary from self-supervised weights (MAE, BEiT)
+    # layer_decay: 0.65 to 0.9 is customary from self-supervised weights (MAE, BEiT). operator_lr: of the tensors of
+    # KArAt's operators; or a factor of lr, 1.0 as in the paper.
+    paramwise_cfg=dict(layer_decay=1.0, operator_lr="derived"),
     clip_grad=None,
 )
 
