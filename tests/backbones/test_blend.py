@@ -11,7 +11,7 @@ from backbones.utils.errors import UserError
 
 GATED, VIT = "gated_karat_nano_patch8_64", "vit_nano_patch8_64"
 PLAIN = {"kind": "softmax", "blend": "replace", "diagonal": "none"}
-DENSE = {"class_token": False, "window_size": 3, "global_blocks": (1,)}
+DENSE = {"class_token": False, "window_size": 5, "global_blocks": (1,)}
 
 
 def pair(arch, attention=None, **options):

@@ -75,7 +75,7 @@ def test_one_rate_for_all_would_move_large_operators_a_thousand_times_as_far():
     assert largest((64, 64), harmonics=11) > 90_000
     assert largest((64, 64)) / largest((7, 7)) == pytest.approx(64**2 / 7**2, rel=0.05)  # N
     a = [KArAtOperator(1, (7, 7), 0, harmonics=g).sensitivities()["phi.a"] for g in (1, 11)]
-    assert a[1] / a[0] == pytest.approx(11, rel=0.15)  # G
+    assert a[1] / a[0] == pytest.approx(11, rel=0.3)  # G
     w = [KArAtOperator(1, (7, 7), 0, rank=r).sensitivities()["w"] for r in (2, 24)]
     assert w[1] / w[0] == pytest.approx(12)  # r
 
