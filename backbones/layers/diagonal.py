@@ -20,7 +20,7 @@ class Diagonal(nn.Module):
     have no low rank. ψ stands for them: A_kp = ψ_p(S_kp) + Σ_r W_pr Φ̂_r(S_k).
 
     It starts as the constant and the functions of the basis that are closest to (1 + s)/N, the first terms of softmax
-    around equal scores, for s ~ N(0, 1).
+    around equal scores, for s ~ N(0, 1). At another number of tokens its weights keep their sum.
 
     Args:
         basis: what the functions are made of, beside a constant.
@@ -31,7 +31,9 @@ class Diagonal(nn.Module):
 
     def __init__(self, basis: Basis, heads: int, tokens: int, positionwise: bool):
         super().__init__()
-        self.basis, self.tokens, self.token_axes = basis, tokens, (-1,) if positionwise else ()
+        self.basis, self.token_axes = basis, (-1,) if positionwise else ()
+        if not positionwise:  # the number of tokens that the weights are for, saved with them: nothing else tells it
+            self.register_buffer("tokens", torch.tensor(float(tokens)))
         constant, tensors = _closest(basis, tokens)
         keys = tokens if positionwise else 1
         self.constant = nn.Parameter(torch.full((heads, 1, keys), constant))
@@ -41,35 +43,42 @@ class Diagonal(nn.Module):
 
     def token_axis(self, name: str) -> tuple[tuple[int, ...], bool]:
         """(axes of a parameter that are tokens, whether their sum is kept when they are resampled)."""
-        return self.token_axes, name == "constant" or self.basis.names[name]
+        return self.token_axes, name == "constant" or self.basis.names.get(name, False)
 
-    def coefficients(self, resample: Resample) -> tuple[Tensor, Parameters]:
-        """The constant (h, 1, N) and the basis's tensors, which end in (1, N), of N tokens."""
+    @property
+    def count(self) -> int:
+        """The number of tokens that the weights are for."""
+        return self.constant.shape[-1] if self.token_axes else int(self.tokens)
+
+    def coefficients(self, resample: Resample, tokens: int) -> tuple[Tensor, Parameters]:
+        """The constant (h, 1, N) and the basis's tensors, which end in (1, N), of N ``tokens``."""
 
         def at_tokens(name: str) -> Tensor:
-            value = getattr(self, name)
-            value = value.expand(*value.shape[:-1], self.tokens)
-            return resample(value, -1, self.token_axis(name)[1])
+            value, keep_sum = getattr(self, name), self.token_axis(name)[1]
+            if self.token_axes:
+                return resample(value, -1, keep_sum)
+            value = value.expand(*value.shape[:-1], tokens)
+            return value * (self.tokens / tokens) if keep_sum else value
 
         return at_tokens("constant"), {name: at_tokens(name) for name in self.basis.names}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, resample: Resample, scale: float) -> Tensor:
         """O (B, h, N, d): O_k = Σ_p ψ_p(S_kp) v_p in memory linear in N; masked keys and values are zero already."""
-        constant, own = self.coefficients(resample)
+        constant, own = self.coefficients(resample, k.shape[2])
         mean = constant.to(v.dtype) @ v  # (B, h, 1, d)
         return mean + self.basis.pick(q, k, v, own, scale)
 
     @torch.no_grad()
     def curve(self, x: Tensor, head: int, key: int) -> Tensor:
-        """ψ_p(x) of one function, x (M,) to (M,)."""
-        constant, own = self.coefficients(lambda t, *_: t)
+        """ψ_p(x) of one function at its native tokens, x (M,) to (M,)."""
+        constant, own = self.coefficients(lambda t, *_: t, self.count)
         one = {name: t[head : head + 1, ..., key, None, None] for name, t in own.items()}
         return constant[head, 0, key] + self.basis.evaluate(x.view(1, 1, -1, 1, 1), one).flatten()
 
     @torch.enable_grad()
     def sizes(self) -> Sizes:
         """Size, slope and gains of a function at the start, whatever it has become."""
-        constant, tensors = _closest(self.basis, self.tokens)
+        constant, tensors = _closest(self.basis, self.count)
         tensors = {n: t.expand(*t.shape[:-1], POINTS).clone().requires_grad_() for n, t in tensors.items()}
         sizes = measure(lambda x: self.basis.evaluate(x[..., None, :], tensors) + constant, tensors)
         return replace(sizes, gains={"constant": 1.0, **sizes.gains})

@@ -146,7 +146,7 @@ class KArAtOperator(nn.Module):
         elif self.order == "phi_w":
             result["w"] = math.sqrt(rank) * n * phi.slope / phi.value
         if self.psi is not None:
-            result |= {f"psi.{name}": n * gain for name, gain in self.psi.sizes().gains.items()}
+            result |= {f"psi.{name}": self.psi.count * gain for name, gain in self.psi.sizes().gains.items()}
         return result
 
     def macs(self, tokens: int) -> int:

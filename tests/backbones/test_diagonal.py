@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from backbones import create_backbone
+from backbones.checkpoint import save_backbone
 from backbones.layers.bases import BASES
 from backbones.layers.karat import PROJECTIONS, KArAtOperator
 
@@ -108,11 +109,10 @@ def test_a_query_can_pick_one_key_which_the_modular_form_cannot():
     assert losses["none"] > 0.85
 
 
-def test_networks_keep_their_weights_at_another_size(tmp_path):
-    from backbones.checkpoint import save_backbone
-
-    attention = {"diagonal": "positionwise"}
-    net = create_backbone("karat_nano_patch8_64", depth=2, num_classes=0, attention=attention)
+@pytest.mark.parametrize("diagonal", ["shared", "positionwise"])
+def test_networks_keep_their_weights_at_another_size(diagonal, tmp_path):
+    attention = {"diagonal": diagonal}
+    net = create_backbone("karat_nano_patch8_64", depth=2, num_classes=0, class_token=False, attention=attention)
     save_backbone(tmp_path / "w.safetensors", net)
     larger = create_backbone(
         "karat_nano_patch8_64",
@@ -125,7 +125,12 @@ def test_networks_keep_their_weights_at_another_size(tmp_path):
         attention=attention,
         weights=str(tmp_path / "w.safetensors"),
     )
-    small, large = net.blocks[1].attn.operator.psi, larger.blocks[1].attn.operator.psi
-    assert large.constant.shape == (3, 1, 256)
-    torch.testing.assert_close(large.constant.sum(-1), small.constant[..., 1:].sum(-1))
+    small, large = net.blocks[1].attn.operator, larger.blocks[1].attn.operator
+    one = torch.randn(3, 1, 3, 1, 32)
+
+    def of(operator, side):
+        q, k, v = one.expand(-1, -1, -1, side**2, -1).unbind(0)
+        return operator.psi(q, k, v, lambda t, *_: t, 0.1)[:, :, :1]
+
+    torch.testing.assert_close(of(large, 16), of(small, 8))
     assert larger(torch.randn(1, 3, 96, 160)).isfinite().all()

@@ -29,7 +29,11 @@ def test_values_are_those_of_the_step():
     net, optimizer, monitor = made("karat_nano_patch8_64")
     seen = {}
     operator = net.blocks[1].attn.operator
-    hook = operator.register_forward_hook(lambda _, args, out: seen.setdefault("call", (args, out.detach())))
+
+    def keep(_, args, out):
+        seen.setdefault("call", (args, out.detach()))
+
+    hook = operator.register_forward_hook(keep)
     values = step(net, optimizer, monitor)
     hook.remove()
     args, out = seen["call"]  # the first is the training's own
