@@ -42,7 +42,12 @@ def main(argv: list[str]) -> int:
     attention.add_argument("--contestants", help="by commas, SDPA runs always; default: all")
     model = commands.add_parser("model", help="whole backbones: images per second forward and in training")
     model.set_defaults(run=run_model)
-    model.add_argument("--archs", default=ARCHS, help="presets, by commas; ratios are to the first")
+    model.add_argument(
+        "--archs",
+        default=ARCHS,
+        help="presets, by commas, with settings as in NAME+attention.order=phi_w+window_size=14",
+    )
+    model.add_argument("--maps", type=int, metavar="PIXELS", help="as a detector's backbone for images of this size")
     model.add_argument("--batch", type=int, help="images at a time; default: 128 on a GPU, else 8")
     model.add_argument("--dtype", help="fp32, or bf16 for autocast; default: bf16 on a GPU")
     model.add_argument("--compile", action="store_true", help="run the networks through torch.compile")
@@ -165,20 +170,20 @@ def chosen_contestants(text: str | None, cases) -> list[str] | None:
 
 def run_model(arguments: argparse.Namespace, device, rounds: int, save) -> tuple[list[dict], list, bool]:
     """Rows of every preset."""
-    from backbones.models.presets import preset_config
-    from bench.models import run_models
+    from bench.models import parse_network, run_models
     from bench.options import check_positive, parse_dtypes, parse_list
     from bench.report import MODEL_COLUMNS
 
     archs = parse_list("--archs", arguments.archs)
+    maps = None if arguments.maps is None else check_positive("--maps", arguments.maps)
     for arch in archs:
-        preset_config(arch)
+        parse_network(arch, maps)
     on_gpu = device.type == "cuda"
     batch = check_positive("--batch", (128 if on_gpu else 8) if arguments.batch is None else arguments.batch)
     dtype = parse_dtypes(arguments.dtype or ("bf16" if on_gpu else "fp32"), ("fp32", "bf16"))
     if len(dtype) > 1:
         raise UserError(f"--dtype is {arguments.dtype!r}; a model runs in one type at a time. Choose fp32 or bf16.")
-    rows = run_models(archs, batch, dtype[0], device, arguments.compile, rounds, arguments.seed)
+    rows = run_models(archs, batch, dtype[0], device, arguments.compile, rounds, arguments.seed, maps)
     save(rows, MODEL_COLUMNS)
     return rows, MODEL_COLUMNS, any(row["problem"] for row in rows)
 

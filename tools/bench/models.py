@@ -1,12 +1,17 @@
 """Rows of whole networks: images per second forward and in training steps, side by side."""
 
+import re
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbones import create_backbone
+from backbones.config import BackboneConfig
+from backbones.models.presets import preset_config
+from backbones.utils.errors import UserError
 from backbones.utils.measure import count_parameters
 
 from .options import DTYPES
@@ -16,12 +21,38 @@ CLASSES = 1000
 LEARNING_RATE = 1e-4
 
 
-class Trainee:
-    """A network with its optimizer, on one batch of random images."""
+def parse_network(text: str, maps: int | None = None) -> BackboneConfig:
+    """A preset with settings, as ``karat_nano_patch8_64+window_size=8+attention.order=phi_w``.
 
-    def __init__(self, arch: str, batch: int, dtype: str, device: torch.device, compiled: bool, seed: int):
+    Args:
+        maps: pixels of the images that it makes maps of, as the backbone of a detector: without class token, classifier
+            and last norm. None = a classifier at its own size.
+
+    Raises:
+        UserError: for an unknown preset or setting, and a value that does not fit.
+    """
+    arch, *settings = text.split("+")
+    config = preset_config(arch).merged({"num_classes": CLASSES})
+    if maps is not None:
+        config = config.merged({"img_size": maps, "num_classes": 0, "class_token": False, "final_norm": False})
+    merged: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)?", key):
+            raise UserError(f"{text!r} holds {setting!r}; settings are +KEY=VALUE, such as +attention.order=phi_w.")
+        section, _, name = key.rpartition(".")
+        (merged.setdefault(section, {}) if section else merged)[name] = yaml.safe_load(value)
+    return config.merged(merged)
+
+
+class Trainee:
+    """A network with its optimizer, on one batch of random images; what makes maps learns to make them small."""
+
+    def __init__(self, arch: BackboneConfig, batch: int, dtype: str, device: torch.device, compiled: bool, seed: int):
         torch.manual_seed(seed)
-        self.network = create_backbone(arch, num_classes=CLASSES).to(device)
+        self.network = create_backbone(arch).to(device)
+        if not arch.num_classes:
+            self.network.forward = lambda images: self.network.forward_maps(images)[-1]
         self.run: Any = torch.compile(self.network) if compiled else self.network
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE, fused=fused)
@@ -31,15 +62,16 @@ class Trainee:
         self.losses: list[Tensor] = []
 
     def forward(self, _: Any = None) -> Tensor:
-        """Logits of the evaluated network."""
+        """Logits, or maps, of the evaluated network."""
         self.network.eval()
         with torch.no_grad():
             return self._logits()
 
     def step(self, _: Any = None) -> None:
-        """Forward, cross entropy, backward, AdamW."""
+        """Forward, cross entropy (of maps: their mean square), backward, AdamW."""
         self.network.train()
-        loss = F.cross_entropy(self._logits().float(), self.targets)
+        out = self._logits().float()
+        loss = F.cross_entropy(out, self.targets) if self.network.config.num_classes else out.square().mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -63,15 +95,26 @@ def check_gradients(network: nn.Module) -> str | None:
 
 
 def run_models(
-    archs: list[str], batch: int, dtype: str, device: torch.device, compiled: bool, rounds: int, seed: int
+    archs: list[str],
+    batch: int,
+    dtype: str,
+    device: torch.device,
+    compiled: bool,
+    rounds: int,
+    seed: int,
+    maps: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per preset; a row without speeds has ``problem``, the reason. Ratios are to the first preset."""
+    """One row per network; a row without speeds has ``problem``, the reason. Ratios are to the first.
+
+    Args:
+        archs, maps: see ``parse_network``.
+    """
     rows, trainees = [], {}
     for arch in archs:
         row: dict[str, Any] = {"arch": arch, "batch": batch, "dtype": dtype, "compiled": compiled, "problem": None}
         rows.append(row)
         try:
-            trainee, peak = _started(arch, batch, dtype, device, compiled, seed)
+            trainee, peak = _started(parse_network(arch, maps), batch, dtype, device, compiled, seed)
         except torch.OutOfMemoryError:
             row["problem"] = "out of memory"
             continue
@@ -102,7 +145,7 @@ def run_models(
 
 
 def _started(
-    arch: str, batch: int, dtype: str, device: torch.device, compiled: bool, seed: int
+    arch: BackboneConfig, batch: int, dtype: str, device: torch.device, compiled: bool, seed: int
 ) -> tuple[Trainee, float | None]:
     """A trainee after its first step, and the MiB that the network, its optimizer and a whole step took."""
     made: list[Trainee] = []

@@ -102,8 +102,8 @@ def parse_degrees(text: str) -> tuple[int, int]:
 
 
 def parse_list(flag: str, text: str) -> list[str]:
-    """The words of a list separated by commas, each once; an empty list is a UserError."""
-    words = [word.strip() for word in text.split(",") if word.strip()]
+    """The words of a list separated by commas outside of brackets, each once; an empty list is a UserError."""
+    words = [word.strip() for word in re.split(r",(?![^\[]*\])", text) if word.strip()]
     if not words:
         raise UserError(f"{flag} is {text!r}; name at least one.")
     return list(dict.fromkeys(words))
