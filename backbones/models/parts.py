@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from timm.layers import Mlp
 from torch import nn
 
@@ -16,7 +17,18 @@ from ..layers.spline_kan import SplineKAN
 
 
 def make_operator(config: BackboneConfig, block: int, num_heads: int) -> nn.Module:
-    """The operator on scores that ``attention.kind`` names for a block; not for softmax."""
+    """The operator on scores that ``attention.kind`` names for a block; not for softmax.
+
+    Beside a softmax it draws random numbers of its own: with the same seed all else starts as in the softmax network.
+    """
+    if config.attention.blend == "add":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, ())))
+            return _make_operator(config, block, num_heads)
+    return _make_operator(config, block, num_heads)
+
+
+def _make_operator(config: BackboneConfig, block: int, num_heads: int) -> nn.Module:
     attention, kind = config.attention, config.attention_kind(block)
     if kind != "karat":
         return PointwiseOperator(kind, attention.drop_rate)

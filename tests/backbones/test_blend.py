@@ -7,6 +7,7 @@ from backbones import create_backbone
 from backbones.checkpoint import load_weights, save_backbone
 from backbones.layers.bases import BASES
 from backbones.layers.karat import PROJECTIONS
+from backbones.models.presets import preset_name
 from backbones.utils.errors import UserError
 
 GATED, VIT = "gated_karat_nano_patch8_64", "vit_nano_patch8_64"
@@ -63,6 +64,22 @@ def test_starts_as_the_softmax_network_bit_for_bit_and_leaves_it(arch, attention
     open_gates(net)
     assert (net(x) - plain(x)).abs().max() > 1e-6
     assert set(gates) <= net.no_weight_decay()
+
+
+@pytest.mark.parametrize("family", ["karat", "karkat", "karat_convit", "karat_swin"])
+def test_a_seed_gives_the_network_that_it_gives_without_the_operators(family):
+    plain = {"karat": "vit", "karkat": "kat", "karat_convit": "convit", "karat_swin": "swin"}[family]
+    networks, after = [], []
+    for name in (f"gated_{family}", plain):
+        torch.manual_seed(3)
+        networks.append(create_backbone(preset_name(name, "nano"), num_classes=5).eval())
+        after.append(torch.rand(()).item())
+    assert after[0] == after[1]  # what is made next, as the heads of a detector, starts the same too
+    gated, without = networks
+    for name, tensor in without.state_dict().items():
+        assert torch.equal(gated.state_dict()[name], tensor), name
+    operators = [t for name, t in gated.named_parameters() if name.endswith("phi.a")]
+    assert len({t.flatten()[0].item() for t in operators}) == len(operators)  # each draws its own
 
 
 def test_the_sum_is_softmax_plus_gate_times_operator_per_head():
