@@ -14,17 +14,20 @@ import matplotlib.axes
 import matplotlib.figure
 import numpy as np
 import pytest
+import torch
 from matplotlib import cbook
 from PIL import Image, ImageDraw
 
 from backbones import create_backbone
 from backbones.checkpoint import save_backbone
 from backbones.models.presets import preset_name
+from backbones.training.monitor import OperatorMonitor
 from report.drawing import class_color, literal, write_label
 from report.examples import example_sections, first_done, most_classes
 from report.figures import curves, mean_and_band, sweeps
 from report.functions import function_panels, learned_functions
 from report.notes import notes, warnings
+from report.operators import operator_table
 from report.page import markdown_table, print_table, write_report
 from report.table import make_table
 
@@ -262,11 +265,15 @@ def test_a_sweep_is_drawn_for_main_and_relations_columns(bases, seeds):
     assert all(plot.picture.startswith(PNG) for plot in plots)
 
 
-def save_classifier(folder, family="vit", classes=("disc", "ring")):
-    network = create_backbone(preset_name(family, "nano"), num_classes=len(classes))
+def save_classifier(folder, family="vit", classes=("disc", "ring"), gates=None, **fields):
+    """Weights of a small network, whose gates by block are ``gates``."""
+    network = create_backbone(preset_name(family, "nano"), num_classes=len(classes), **fields)
+    for name, values in (gates or {}).items():
+        network.get_parameter(f"{name}.attn.gate").data = torch.tensor(values)
     save_backbone(
         folder / "model.safetensors", network, classes=list(classes), mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5]
     )
+    return network
 
 
 def test_learned_functions_are_those_of_the_networks_that_have_any(tmp_path):
@@ -283,6 +290,124 @@ def test_learned_functions_are_those_of_the_networks_that_have_any(tmp_path):
     assert function_panels(jobs[:1]) == []
     assert learned_functions([]) is None
     assert {title.split()[0] for title, _ in function_panels(jobs, at_most=1)} == {"karat_swin"}
+
+
+def operator_run(folder, series, family="gated_karat", **fields):
+    """A finished classification run with a classifier whose operators logged these values, every tenth step."""
+    write_log(folder, [(1, 10.0), (2, 20.0)])
+    with (folder / "metrics.jsonl").open("a") as log:
+        for name, values in series.items():
+            for i, value in enumerate(values):
+                row = {"step": 10 * (i + 1), "epoch": 1.0, "split": "train", "name": name, "value": value}
+                log.write(json.dumps(row) + "\n")
+    save_classifier(folder, family, **fields)
+    return Run(folder.name, "classification", 0, folder)
+
+
+def logged_of(place, scores, outputs, steps):
+    """Series of one operator, among others that the table does not show."""
+    shown = {f"{place}/score_max": scores, f"{place}/output": outputs, f"{place}/step": steps}
+    return shown | {f"{place}/score_std": [0.5] * 3, f"{place}/gate": [0.9] * 3, "grad_norm/operator.w": [7.0] * 3}
+
+
+def texts(lines):
+    return [[line.name, *(cell.text for cell in line.cells)] for line in lines]
+
+
+LOGGED = logged_of("blocks.0.attn", [2.0, 9.0, 4.0], [1.5, 1.25, 0.75], [0.5, 0.01, 0.02])
+GATED = [
+    ["gated", "blocks.0", "4.00", "4.00", "0.750", "2.00", "50.00", "0.125, -0.031"],
+    ["gated", "blocks.1", "20.00", "130", "2.50", "0.100", "0.400", "0.000, 1.500"],
+]
+
+
+def gated_run(folder):
+    series = LOGGED | logged_of("blocks.1.attn", [20.0, 10.0, 130.0], [0.5, 1.0, 2.5], [0.001, 0.0005, 0.004])
+    gates = {"blocks.0": [0.125, -0.03125], "blocks.1": [0.0, 1.5]}
+    return operator_run(folder, series, depth=2, attention={"heads": (0, 2)}, gates=gates)
+
+
+def test_operators_are_shown_by_block_with_median_last_largest_and_gates(tmp_path):
+    job = gated_run(tmp_path / "gated")
+    lines = operator_table([job])
+    assert [(line.score_median, line.score_last, line.output_last) for line in lines] == [
+        (4.0, 4.0, 0.75),
+        (20.0, 130.0, 2.5),
+    ]
+    assert [(line.step_median, line.step_largest) for line in lines] == [
+        pytest.approx((2.0, 50.0)),
+        pytest.approx((0.1, 0.4)),
+    ]
+    assert [line.gates for line in lines] == [(0.125, -0.03125), (0.0, 1.5)]
+    assert texts(lines) == GATED
+
+
+def test_gates_of_swin_are_found_and_operators_in_place_of_softmax_have_none(tmp_path):
+    place = "layers.1.blocks.0"
+    log = logged_of(f"{place}.attn", [3.0], [1.0], [0.25])
+    swin = operator_run(tmp_path / "swin", log, "gated_karat_swin", gates={place: [0.25] * 4})
+    lines = operator_table([swin, operator_run(tmp_path / "karat", LOGGED, "karat", depth=2)])
+    shown = {(name, block): rest for name, block, *rest in texts(lines)}
+    assert shown["swin", place] == ["3.00", "3.00", "1.00", "25.00", "25.00", "0.250, 0.250, 0.250, 0.250"]
+    assert shown["karat", "blocks.0"] == ["4.00", "4.00", "0.750", "2.00", "50.00", ""]
+    assert [block for name, block in shown if name == "karat"] == ["blocks.0"]
+
+
+def words_of_page(jobs, out, monkeypatch):
+    """The page of a comparison of these classification runs, and its words, without examples of images."""
+    monkeypatch.setattr("report.page.example_sections", lambda jobs, data: [])
+    results = make_results(*(job.row for job in jobs), tasks=("classification",), seeds=(0,))
+    page = Page(write_report(results, {}, jobs, None, out).read_text(encoding="utf-8"))
+    return page, "|".join(word for word in page.words if word)
+
+
+def test_what_training_logs_of_a_universal_operator_is_one_line_before_the_gates_of_the_blocks(tmp_path, monkeypatch):
+    fields = {"depth": 2, "attention": {"mode": "universal"}}
+    network = create_backbone(preset_name("gated_karat", "nano"), num_classes=2, **fields)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    monitor = OperatorMonitor(network, network, optimizer)
+    monitor.watch()
+    network(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    optimizer.step()
+    values = monitor.values()
+    gates = {"blocks.0": [0.5, 0.25, 0.0], "blocks.1": [0.75, 0.5, 0.25]}
+    job = operator_run(tmp_path / "shared", {name: [value] for name, value in values.items()}, gates=gates, **fields)
+    lines = operator_table([job])
+    shared = lines[0]
+    assert shared.block == "operator"
+    assert shared.score_median == shared.score_last == values["operator/score_max"] > 0
+    assert shared.output_last == values["operator/output"] > 0
+    assert shared.step_median == shared.step_largest == 100 * values["operator/step"]
+    assert texts(lines)[1:] == [
+        ["shared", "blocks.0", *"–––––", "0.500, 0.250, 0.000"],
+        ["shared", "blocks.1", *"–––––", "0.750, 0.500, 0.250"],
+    ]
+    _, words = words_of_page([job], tmp_path / "out", monkeypatch)
+    assert "The operator that all blocks share" in words
+    assert "|".join(word for line in texts(lines) for word in line if word) in words
+
+
+def test_runs_that_logged_no_operators_are_passed_over(tmp_path):
+    without = [operator_run(tmp_path / family, {}, family) for family in ("vit", "gated_karat")]
+    without.append(Run("absent", "classification", 0, tmp_path / "absent"))
+    assert operator_table(without) == []
+    more = [operator_run(tmp_path / f"karat{i}", LOGGED, "karat", depth=1) for i in range(2)]
+    assert [line.name for line in operator_table([*without, *more], at_most=1)] == ["karat0"]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_the_page_has_the_operators_below_the_functions_where_a_run_logged_them(tmp_path, monkeypatch, watched):
+    vit = operator_run(tmp_path / "vit", {}, "vit")
+    karat = gated_run(tmp_path / "gated") if watched else operator_run(tmp_path / "gated", {}, depth=2)
+    page, words = words_of_page([vit, karat], tmp_path / "out", monkeypatch)
+    assert "gated blocks.0: φ of head 0" in words
+    assert ("Change per step is measured on one image" in words) == watched
+    assert "all blocks share" not in words
+    assert len(page.tables) == (3 if watched else 2)
+    assert all("scroll" in ancestors for ancestors in page.tables)
+    assert all(attributes.get("scope") for tag, attributes in page.tags if tag == "th")
+    heads = "row|block|median|last|last|median|largest|last|"
+    assert ("|".join(itertools.chain(*GATED)) in words.partition(heads)[2]) == watched
 
 
 def test_pictures_are_of_the_first_finished_seed(tmp_path):

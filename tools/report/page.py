@@ -19,6 +19,7 @@ from .examples import Section, example_sections, first_done
 from .figures import MOST_BANDS, curves, setting_text, sweeps
 from .functions import MOST_ROWS, function_panels, learned_functions, panel_picture
 from .notes import notes, short, warnings
+from .operators import operator_table
 from .table import Cell, Line, Table, make_table
 
 _WIDTHS = (24, 14)  # letters on the terminal, of the first column and of the others
@@ -69,7 +70,8 @@ def write_report(results: dict[str, Any], speed: dict[str, Any], jobs: list[Any]
     sections = example_sections(jobs, data)
     for section in sections:
         pictures[section.task] = image_bytes(section.montage, "png")
-    panels = function_panels(first_done(jobs, "classification"))
+    classifiers = first_done(jobs, "classification")
+    panels = function_panels(classifiers)
     if panels:
         pictures["learned_functions"] = learned_functions(panels)
 
@@ -88,6 +90,7 @@ def write_report(results: dict[str, Any], speed: dict[str, Any], jobs: list[Any]
         sweeps=sweep_plots,
         sections=[(section, _panels(section)) for section in sections],
         functions=[(panel[0], panel_picture(panel)) for panel in panels],
+        operators=operator_table(classifiers),
     )
     write_text(out / "report.html", text)
     write_text(out / "table.md", markdown_table(results, speed))

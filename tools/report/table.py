@@ -124,7 +124,7 @@ def _share(control: dict[str, Any] | None, what: str) -> Cell:
 
 def _known(key: str, scale: float = 1.0) -> Callable[[dict[str, Any], dict[str, Any]], Cell]:
     """A figure of the row itself."""
-    return lambda row, _: _number(None if row.get(key) is None else row[key] * scale)
+    return lambda row, _: number(None if row.get(key) is None else row[key] * scale)
 
 
 def _measured(key: str) -> Callable[[dict[str, Any], dict[str, Any]], Cell]:
@@ -133,16 +133,17 @@ def _measured(key: str) -> Callable[[dict[str, Any], dict[str, Any]], Cell]:
     def cell(_: dict[str, Any], speed: dict[str, Any]) -> Cell:
         values = speed.get(key) or [None]
         if any(value is None for value in values):
-            return _number(None)
+            return number(None)
         low, high = min(values), max(values)
         if high > low * (1 + UNSTEADY):
             return Cell(f"unsteady (+{100 * (high / low - 1):.0f} %)" if low > 0 else "unsteady", dim=True)
-        return _number(sum(values) / len(values))
+        return number(sum(values) / len(values))
 
     return cell
 
 
-def _number(value: float | None) -> Cell:
+def number(value: float | None) -> Cell:
+    """A positive figure to three or four digits; a dash for None."""
     if value is None:
         return Cell("–", dim=True)
     return Cell(f"{value:.0f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.3f}")
