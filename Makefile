@@ -22,8 +22,8 @@ setup: ## make .venv from requirements.lock; does nothing when it is up to date
 		"Install one, or name it: make PYTHON=/path/to/python3.11 setup" >&2; exit 2; }
 	@$(PYTHON) tools/setup_env.py
 
-demo: setup ## compare five small backbones on generated data, one seed: runs/demo/report.html (ARGS= adds options)
-	$(PY) tools/run_suite.py --backbones vit,karat,kat,karkat,uniform --size nano --data sample --out runs/demo $(ARGS)
+demo: setup ## compare small backbones on generated data, one seed: runs/demo/report.html (ARGS= adds options)
+	$(PY) tools/run_suite.py --backbones vit,karat,gated_karat,kat,karkat,uniform --size nano --data sample --out runs/demo $(ARGS)
 
 test: setup ## every test, on the CPU (ARGS="-k name" chooses)
 	$(TEST_ENV) $(PY) -m pytest -n 2 $(ARGS)

@@ -73,6 +73,20 @@ def test_model_writes_speeds_and_ratios_to_the_first(tmp_path):
     assert kat["loss_first"] > 0 and kat["params"] > vit["params"]
 
 
+def test_model_times_maps_of_networks_with_settings(tmp_path):
+    vit, karat = "vit_nano_patch8_64+window_size=4+global_blocks=[1]", "karat_nano_patch8_64+attention.order=phi_w"
+    archs = [f"{name}+depth=2" for name in (vit, karat)]
+    argv = ["model", "--device", "cpu", "--batch", "1", "--rounds", "2", "--maps", "96", "--archs", ",".join(archs)]
+    assert benchmark.main([*argv, "--json", str(tmp_path / "m.json")]) == 0
+    rows = json.loads((tmp_path / "m.json").read_text())["rows"]
+    assert [row["arch"] for row in rows] == archs
+    assert all(row["problem"] is None and row["train_img_per_s"] > 0 for row in rows)
+    config = models.parse_network(archs[0], 96)
+    assert (config.img_size, config.class_token, config.num_classes) == ((96, 96), False, 0)
+    assert (config.window_size, config.global_blocks, config.depth) == (4, (1,), 2)
+    assert models.parse_network(archs[1]).attention.order == "phi_w"
+
+
 def test_attention_gates_karat_and_compares_it_with_softmax(tmp_path):
     argv = ["attention", "--device", "cpu", "--shapes", "smoke,2x2x65x32", "--grids", "1,2", "--rank", "3"]
     assert benchmark.main([*argv, "--rounds", "2", "--dtype", "fp32,bf16", "--json", str(tmp_path / "a.json")]) == 0
@@ -194,6 +208,9 @@ def test_backbone_without_gradients_gets_no_speed(monkeypatch):
         (["attention", "--device", "cpu", "--orders", "phi_phi"], "allowed: 'w_phi', 'phi_w'"),
         (["attention", "--device", "cpu", "--contestants", "navie"], "Did you mean 'naive'"),
         (["model", "--device", "cpu", "--archs", "kat_tiny"], "unknown backbone 'kat_tiny'"),
+        (["model", "--device", "cpu", "--archs", "vit_nano_patch8_64+depth"], "settings are .KEY=VALUE"),
+        (["model", "--device", "cpu", "--archs", "vit_nano_patch8_64+depht=2"], "Did you mean 'depth'"),
+        (["model", "--device", "cpu", "--archs", "vit_nano_patch8_64", "--maps", "90"], "not divisible by the patch"),
         (["model", "--device", "cpu", "--dtype", "fp16"], "allowed: 'fp32', 'bf16'"),
         (["model", "--device", "cpu", "--batch", "-1"], "at least 1"),
     ],

@@ -40,6 +40,12 @@ def test_overrides_reach_nested_keys_and_numbers_in_any_spelling():
         (["data.root=x", "train.precision=fp8"], "'auto', 'fp32', 'bf16'"),
         (["data.root=x", "train.warmup_epochs=99"], "does not end within"),
         (["data.root=x", "data.crop_pct=2"], "between 0 and 1"),
+        (
+            ["data.root=x", "train.operator_lr=0"],
+            "train.operator_lr is '0'; it must be 'derived', or a positive",
+        ),
+        (["data.root=x", "train.operator_lr=quick"], "train.operator_lr is 'quick'"),
+        (["data.root=x", "train.log_operators=2"], "train.log_operators is 2; it must be a bool"),
     ],
 )
 def test_wrong_overrides_are_named(overrides, message):

@@ -13,6 +13,8 @@ FAMILIES = {
     "karat": ("karat", "mlp"),
     "kat": ("softmax", "grkan"),
     "karkat": ("karat", "grkan"),
+    "gated_karat": ("karat", "mlp"),
+    "gated_karkat": ("karat", "grkan"),
     "vitkan": ("softmax", "kan"),
 }
 
@@ -23,6 +25,7 @@ def test_each_config_at_each_size_describes_its_backbone(family, size):
     cfg = load_config(CONFIGS / f"vitdet_{family}.yaml", size)
     backbone = backbone_config(cfg)
     assert (backbone.attention.kind, backbone.ffn.kind) == FAMILIES[family]
+    assert backbone.attention.blend == ("add" if family.startswith("gated") else "replace")
     assert f"_{size or 'base'}_" in backbone.arch
     assert backbone.num_classes == 0
     assert not backbone.final_norm
@@ -87,6 +90,10 @@ def test_nested_backbone_keys_can_be_overridden():
         (["MODEL.RPN.IN_FEATURES", "['p2', 'p9']"], "p9"),
         (["MODEL.ANCHOR_GENERATOR.SIZES", "[[32], [64]]"], "one list per level"),
         (["SOLVER.LR_SCHEDULER_NAME", "cosine"], "WarmupCosineLR"),
+        (["SOLVER.OPERATOR_LR", "0"], r"SOLVER\.OPERATOR_LR is '0'; it must be 'derived', or a positive factor"),
+        (["SOLVER.OPERATOR_LR", "-0.5"], r"SOLVER\.OPERATOR_LR is '-0.5'"),
+        (["SOLVER.OPERATOR_LR", "fast"], r"SOLVER\.OPERATOR_LR is 'fast'"),
+        (["MODEL.VIT.attention.blend", "add", "MODEL.VIT.attention.kind", "softmax"], "nothing to add to itself"),
     ],
 )
 def test_mistakes_are_named_with_what_is_allowed(overrides, message):

@@ -53,6 +53,10 @@ def test_run_writes_its_curves_and_provenance(finished):
     rows = read_metrics(folder / "metrics.jsonl")
     assert [r["step"] for r in rows if r["name"] == "loss"] == [1, 2, 3, 4, 5, 6]
     assert {"box_ap", "mask_ap50"} <= {r["name"] for r in rows if r["split"] == "val"}
+    values = {name: [r["value"] for r in rows if r["name"] == name] for name in {r["name"] for r in rows}}
+    assert all(a <= b for a, b in zip(values["grad_norm"], values["grad_norm_max"], strict=True))
+    assert len(values["blocks.1.attn/step"]) == 6 and 0 < max(values["blocks.1.attn/step"]) < 1
+    assert "grad_norm/operator.phi" in values
     assert list((folder / "tensorboard").iterdir())
     provenance = json.loads((folder / "run.json").read_text())
     assert provenance["config"]["MODEL"]["VIT"]["arch"] == "karkat_nano_patch8_64"
@@ -274,6 +278,18 @@ def test_learning_rate_follows_batch_and_depth(tiny):
     ):
         assert group_of[id(named[name])]["weight_decay"] == 0.0, name
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(named)
+
+
+def test_operators_learn_at_the_rates_that_follow_from_their_sizes(tiny):
+    derived, literal = (
+        prepare(tiny("SOLVER.OPERATOR_LR", value, "SOLVER.LAYER_DECAY", "1.0", family="karat"), resume=False)
+        for value in ("derived", "1.0")
+    )
+    for run, expected in ((derived, 250 / (12 * 64)), (literal, 1.0)):  # W of r × N numbers in the global block
+        named = dict(run.model.named_parameters())
+        group_of = {id(p): g for g in run.optimizer.param_groups for p in g["params"]}
+        w = group_of[id(named["backbone.net.trunk.blocks.1.attn.operator.w"])]
+        assert w["lr_scale"] == pytest.approx(expected)
 
 
 def test_rational_coefficients_take_no_decay(tiny):

@@ -11,7 +11,7 @@ from backbones.utils.errors import UserError
 from segmentation.backbone import KarvisBackbone
 from segmentation.config import CONFIG_FOLDER, load_config
 
-NAMES = ("softmax", "karat", "kat", "karkat")
+NAMES = ("softmax", "karat", "kat", "karkat", "gated_karat", "gated_karkat")
 
 
 def build(cfg):
@@ -88,6 +88,27 @@ def test_norms_biases_and_rational_coefficients_are_not_decayed_and_layers_slow_
     assert of[id(named["patch_embed.proj.weight"])]["lr"] == pytest.approx(lr * 0.5**7)
     assert of[id(model.decode_head.conv_seg.weight)]["lr"] == lr
     assert len(of) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "quick"])
+def test_rates_of_operators_that_are_not_positive_are_named(make_config, value):
+    with pytest.raises(UserError, match=r"paramwise_cfg\.operator_lr is .*'derived', or a positive factor"):
+        make_config("karat", options={"optim_wrapper.paramwise_cfg.operator_lr": value})
+
+
+@pytest.mark.parametrize(("value", "expected"), [("derived", 250 / (12 * 65)), (1.0, 1.0)])
+def test_operators_learn_at_the_rates_that_follow_from_their_sizes(make_config, value, expected):
+    cfg = make_config("karat", options={"optim_wrapper.paramwise_cfg.operator_lr": value})
+    model = build(cfg)
+    for name in ("constructor", "paramwise_cfg"):
+        paramwise = cfg.optim_wrapper.pop(name)
+    constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
+        {"type": "KarvisOptimWrapperConstructor", "optim_wrapper_cfg": cfg.optim_wrapper, "paramwise_cfg": paramwise}
+    )
+    of = {id(p): group for group in constructor(model).optimizer.param_groups for p in group["params"]}
+    w = dict(model.backbone.net.named_parameters())["blocks.5.attn.operator.w"]
+    share = of[id(w)]["lr"] / (cfg.optim_wrapper.optimizer.lr * paramwise["layer_decay"])
+    assert share == pytest.approx(expected, rel=0.02)  # N is 64 tokens, or 65 with a class token
 
 
 def test_a_loss_that_is_not_finite_names_the_module_where_it_began(make_config):

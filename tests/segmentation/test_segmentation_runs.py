@@ -67,6 +67,8 @@ def test_a_run_writes_metrics_weights_log_and_provenance(trained, capsys):
     rows = read_metrics(folder / "metrics.jsonl")
     assert {r["step"] for r in rows if r["split"] == "train" and r["name"] == "loss"} == {1, 2, 3, 4}
     assert {r["step"] for r in rows if r["name"] == "miou"} == {2, 4}
+    names = [r["name"] for r in rows]
+    assert names.count("grad_norm") == names.count("grad_norm_max") == names.count("blocks.5.attn/step") == 4
     assert rows[0]["epoch"] == pytest.approx(2 / 24)
     run = json.loads((folder / "run.json").read_text())
     assert run["data_protocol"]["iterations"] == 4 and run["seed"] == 0 and run["config"]["crop_size"] == 64
