@@ -1,5 +1,6 @@
 """A detector with KArAt beside softmax starts as the softmax detector, and KArAt alone trains without a spike."""
 
+import math
 import statistics
 
 import pytest
@@ -75,18 +76,18 @@ def test_on_real_photographs_both_have_the_same_figures(real_data, vit, tmp_path
 
 @pytest.mark.slow
 def test_two_hundred_steps_of_the_worst_seed_have_no_spike(tiny):
-    """KArAt from scratch, seed 2: with one rate for all tensors the gradient's norm reaches many times its median."""
+    """KArAt alone, seed 2: with one rate for all tensors a step moves an operator's output by 36 % here, and
+    in the comparison, from a pretrained classifier, that seed ended with a box AP50 of 0.9."""
     options = ["SEED", "2", "SOLVER.EPOCHS", "16.7", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.REFERENCE_BATCH", "2"]
     options += ["SOLVER.LOG_STEPS", "5", "TEST.EVAL_EPOCHS", "0.0", "SOLVER.CHECKPOINT_EPOCHS", "100.0"]
     whole = ["MODEL.VIT.depth", "6", "MODEL.VIT.window_size", "8", "MODEL.VIT.global_blocks", "[2, 5]"]
     cfg = tiny(*options, *whole, "INPUT.IMAGE_SIZE", "128", family="karat")
     train(cfg)
     rows = read_metrics(f"{cfg.OUTPUT_DIR}/metrics.jsonl")
-    largest, norms, losses = (
-        [r["value"] for r in rows if r["name"] == n] for n in ("grad_norm_max", "grad_norm", "loss")
-    )
     assert rows[-1]["step"] >= 200
+    assert all(math.isfinite(row["value"]) for row in rows if row["split"] == "train")
+    names = ("grad_norm_max", "grad_norm", "loss")
+    largest, norms, losses = ([row["value"] for row in rows if row["name"] == name] for name in names)
     assert max(largest) < 10 * statistics.median(norms)
-    assert statistics.mean(losses[-5:]) < 0.7 * statistics.mean(losses[:5])
-    moved = [r["value"] for r in rows if r["name"].endswith("attn/step")]
-    assert max(moved) < 0.5  # of an operator's output, by a step
+    assert statistics.mean(losses[-5:]) < 0.8 * statistics.mean(losses[:5])
+    assert max(row["value"] for row in rows if row["name"].endswith("attn/step")) < 0.15
