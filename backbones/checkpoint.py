@@ -82,7 +82,7 @@ def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9,
     target = network.state_dict()
     report = MatchReport(str(source), network.config.arch)
     new: dict[str, Tensor] = {}
-    starts = {**_rationals_of_a_vit(state, network), **_gates_of_a_vit(state, target, str(source))}
+    starts = {**_rationals_of_a_vit(state, network), **closed_gates(state, target, str(source))}
     for name, current in target.items():
         if name in starts:
             new[name] = starts[name]
@@ -138,8 +138,12 @@ def _rationals_of_a_vit(state: Mapping[str, Tensor], network: nn.Module) -> dict
     return starts
 
 
-def _gates_of_a_vit(state: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def closed_gates(state: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Gates that the weights lack, with the operators behind them, as they start: closed, so that the function is kept.
+
+    Args:
+        state, target: the weights' tensors and the network's, or those of what it is part of, by name.
+        source: what messages call the weights.
 
     Raises:
         UserError: for operators without gates where the backbone has gates, the reverse, and gates of other heads.
@@ -171,8 +175,9 @@ def _attentions(target: Mapping[str, Tensor]) -> list[str]:
 
 def _operator_names(names: Iterable[str], attention: str) -> list[str]:
     """The tensors of an attention's own operator, or of the one that all share."""
+    shared = attention.partition("blocks.")[0]
     own = [name for name in names if name.startswith(f"{attention}operator.")]
-    return own or [name for name in names if name.startswith("operator.")]
+    return own or [name for name in names if name.startswith(f"{shared}operator.")]
 
 
 def _kept_function(started: Sequence[str], network: nn.Module, source: str) -> str:

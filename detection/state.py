@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from backbones.checkpoint import read_metadata
+from backbones.checkpoint import closed_gates, read_metadata
 from backbones.utils.errors import UserError
 from backbones.utils.files import atomic_path, save_weights
 from backbones.utils.rng import random_state
@@ -27,6 +27,7 @@ _FREE_KEYS = (
     "MODEL.VIT.weights",
     "MODEL.WEIGHTS",
     "SOLVER.LOG_STEPS",
+    "SOLVER.LOG_OPERATORS",
 )
 
 
@@ -69,13 +70,14 @@ def load_detector(model: nn.Module, path: str | Path, strict: bool = True) -> No
     """Fills a whole detector from safetensors or a tensors-only .pth.
 
     Args:
-        strict: every tensor must match; otherwise those of the heads that have another shape (other classes) keep their
-            start, and are named.
+        strict: every tensor must match; otherwise those of the heads that have another shape (other classes), and KArAt
+            beside a softmax where the weights have none, keep their start, and are named.
     """
     state, target = _read(Path(path)), model.state_dict()
     fits = {name: t for name, t in state.items() if name in target and t.shape == target[name].shape}
     missing = [name for name in target if name not in fits]
-    needed = missing if strict else [name for name in missing if name.startswith("backbone.")]
+    kept = {} if strict else closed_gates(state, target, str(path))
+    needed = missing if strict else [n for n in missing if n.startswith("backbone.") and n not in kept]
     if needed:
         more = f" and {len(needed) - 3} more" if len(needed) > 3 else ""
         raise UserError(

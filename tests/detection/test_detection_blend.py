@@ -8,11 +8,13 @@ import torch
 
 from backbones import create_backbone
 from backbones.checkpoint import save_backbone
+from backbones.utils.errors import UserError
 from backbones.utils.runlog import read_metrics
 from detection.config import load_config
 from detection.datasets import register_datasets
 from detection.engine import prepare, train
 from detection.evaluation import evaluate
+from detection.state import WEIGHTS, save_model
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,20 @@ def test_the_blended_detector_is_the_softmax_detector_before_its_first_step(tiny
         assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
         assert torch.equal(a.scores, b.scores)
         assert torch.equal(a.pred_masks, b.pred_masks)
+
+
+def test_a_softmax_detector_fine_tunes_with_operators_beside_it(tiny, vit, tmp_path):
+    (cfg, plain), _ = detectors(tiny, vit)
+    save_model(tmp_path, plain, cfg, [(1, "a")])
+    for mode in ("blockwise", "universal"):
+        options = ["MODEL.WEIGHTS", str(tmp_path / WEIGHTS), "MODEL.VIT.attention.mode", mode]
+        blended = prepare(tiny(*options, family="gated_karat", name=mode), resume=False).model
+        image = [{"image": torch.randint(256, (3, 64, 64)).float(), "height": 64, "width": 64}]
+        a, b = (model.eval()(image)[0]["instances"] for model in (plain, blended))
+        assert torch.equal(a.scores, b.scores)
+        assert torch.equal(a.pred_boxes.tensor, b.pred_boxes.tensor)
+    with pytest.raises(UserError, match=r"fills|attention\.blend"):
+        prepare(tiny("MODEL.WEIGHTS", str(tmp_path / WEIGHTS), family="karat", name="replaced"), resume=False)
 
 
 def test_on_real_photographs_both_have_the_same_figures(real_data, vit, tmp_path):
