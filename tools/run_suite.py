@@ -3,7 +3,7 @@
 
     python tools/run_suite.py --backbones vit,karat,kat,karkat,uniform --size nano --data sample --out runs/demo
     python tools/run_suite.py --backbones vit,kat --size base --data mine.yaml --seeds 3 --out runs/mine
-    python tools/run_suite.py --variants docs/variants_placement.yaml --tasks classification --seeds 3 --out runs/placement
+    python tools/run_suite.py --variants docs/variants_placement.yaml --tasks classification --seeds 3 --out runs/place
 
 The same command continues a comparison that was interrupted; more backbones, variants, tasks or seeds add to it.
 """
