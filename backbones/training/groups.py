@@ -9,8 +9,8 @@ from ..utils.errors import UserError
 
 DERIVED = "derived"
 # An operator's tensor moves its output by no more than this times the learning rate in one step of Adam, relative to
-# its size. A linear layer with 64 inputs and outputs of size 1 does as much. See docs/karat_training.md.
-OPERATOR_STEP = 250.0
+# its size. Larger shares learn more in pretraining and lose more in detection: docs/karat_training.md has the figures.
+OPERATOR_STEP = 64.0
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from backbones import create_backbone
 from backbones.checkpoint import save_backbone
+from backbones.training.groups import OPERATOR_STEP
 from backbones.utils.errors import UserError, describe
 from backbones.utils.runlog import read_metrics
 from detection import engine
@@ -285,7 +286,10 @@ def test_operators_learn_at_the_rates_that_follow_from_their_sizes(tiny):
         prepare(tiny("SOLVER.OPERATOR_LR", value, "SOLVER.LAYER_DECAY", "1.0", family="karat"), resume=False)
         for value in ("derived", "1.0")
     )
-    for run, expected in ((derived, 250 / (12 * 64)), (literal, 1.0)):  # W of r × N numbers in the global block
+    for run, expected in (
+        (derived, OPERATOR_STEP / (12 * 64)),
+        (literal, 1.0),
+    ):  # W of r × N numbers in the global block
         named = dict(run.model.named_parameters())
         group_of = {id(p): g for g in run.optimizer.param_groups for p in g["params"]}
         w = group_of[id(named["backbone.net.trunk.blocks.1.attn.operator.w"])]

@@ -7,6 +7,7 @@ from mmengine.structures import PixelData
 from mmseg.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from mmseg.structures import SegDataSample
 
+from backbones.training.groups import OPERATOR_STEP
 from backbones.utils.errors import UserError
 from segmentation.backbone import KarvisBackbone
 from segmentation.config import CONFIG_FOLDER, load_config
@@ -96,7 +97,7 @@ def test_rates_of_operators_that_are_not_positive_are_named(make_config, value):
         make_config("karat", options={"optim_wrapper.paramwise_cfg.operator_lr": value})
 
 
-@pytest.mark.parametrize(("value", "expected"), [("derived", 250 / (12 * 65)), (1.0, 1.0)])
+@pytest.mark.parametrize(("value", "expected"), [("derived", OPERATOR_STEP / (12 * 65)), (1.0, 1.0)])
 def test_operators_learn_at_the_rates_that_follow_from_their_sizes(make_config, value, expected):
     cfg = make_config("karat", options={"optim_wrapper.paramwise_cfg.operator_lr": value})
     model = build(cfg)
