@@ -11,6 +11,8 @@ DERIVED = "derived"
 # An operator's tensor moves its output by no more than this times the learning rate in one step of Adam, relative to
 # its size. Larger shares learn more in pretraining and lose more in detection: docs/karat_training.md has the figures.
 OPERATOR_STEP = 64.0
+# What stands behind a gate moves the layer by as much less. Gates start at 0 and stay below this.
+GATE = 0.25
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -20,7 +22,8 @@ def operator_rates(trunk: nn.Module, operator_lr: float | str = DERIVED) -> dict
     Adam moves each number of a tensor by about the rate, and an operator adds up N·G·r of them that may agree in sign.
     So a step that a linear layer bears can replace an operator's output. ``derived`` is
     min(1, OPERATOR_STEP / sensitivity), with the sensitivity that follows from N, G, r and the order
-    (``KArAtOperator.sensitivities``): one step moves the output of every operator by the same share.
+    (``KArAtOperator.sensitivities``): one step moves the output of every operator by the same share. Behind a gate it
+    is OPERATOR_STEP / GATE.
 
     Args:
         trunk: a Karvis backbone.
@@ -30,8 +33,9 @@ def operator_rates(trunk: nn.Module, operator_lr: float | str = DERIVED) -> dict
         UserError: for another word, and a factor that is not positive.
     """
     factor = check_operator_lr(operator_lr)
+    step = OPERATOR_STEP / (GATE if trunk.config.attention.blend == "add" else 1.0)
     return {
-        f"{operator_name}.{name}": min(1.0, OPERATOR_STEP / max(sensitivity, 1e-12)) if factor is None else factor
+        f"{operator_name}.{name}": min(1.0, step / max(sensitivity, 1e-12)) if factor is None else factor
         for operator_name, operator in trunk.operators().items()
         for name, sensitivity in operator.sensitivities().items()
     }

@@ -6,7 +6,8 @@ import torch
 from backbones import create_backbone
 from backbones.layers.bases import BASES
 from backbones.layers.karat import PROJECTIONS, KArAtOperator
-from backbones.training.groups import OPERATOR_STEP, describe_rates, operator_rates, parameter_groups
+from backbones.models.presets import preset_name
+from backbones.training.groups import GATE, OPERATOR_STEP, describe_rates, operator_rates, parameter_groups
 from backbones.utils.errors import UserError
 
 NANO, GRID = "karat_nano_patch8_64", (8, 8)
@@ -113,6 +114,12 @@ def test_groups_hold_each_parameter_once_with_its_rate_and_decay():
     decays = {id(p): group["weight_decay"] for group in biased for p in group["params"]}
     assert decays[id(named["blocks.5.attn.qkv.bias"])] == 0.1
     assert decays[id(named["blocks.5.attn.gate"])] == decays[id(named["blocks.5.norm1.weight"])] == 0
+
+
+def test_operators_behind_gates_move_by_as_much_more():
+    alone, gated = (create_backbone(preset_name(family, "nano"), depth=2) for family in ("karat", "gated_karat"))
+    for name, rate in operator_rates(alone).items():
+        assert operator_rates(gated)[name] == pytest.approx(min(1.0, rate / GATE))
 
 
 def test_the_literal_setting_of_the_paper_is_one_rate_for_all():
