@@ -3,7 +3,6 @@
 
 python tools/update_docs.py demo runs/demo          # README.md's table, of make demo
 python tools/update_docs.py results runs/compare    # docs/results.md's table over seeds
-python tools/update_docs.py size runs/size          # and so for each name in PAGES
 """
 
 import argparse
@@ -22,7 +21,6 @@ PAGES: dict[str, tuple[str, dict[str, str]]] = {
         {"detection.png": "demo_detection.png", "learned_functions.png": "demo_learned_functions.png"},
     ),
     "results": ("docs/results.md", {}),
-    "size": ("docs/karat_training.md", {}),
     "placement": ("docs/results.md", {"sweep_placement_classification.top1.png": "sweep_placement.png"}),
 }
 
