@@ -69,7 +69,7 @@ def test_every_family_has_a_config_for_every_task(data_file, tmp_path, family):
 
 def test_every_control_of_every_family_it_has_sense_for_is_read_by_every_task(data_file, tmp_path):
     rows = named_rows(",".join(f"{family}.{name}" for name, c in CONTROLS.items() for family in c.families()))
-    assert len(rows) == 25
+    assert len(rows) == 33
     check_settings(make_jobs(rows, "nano", read_data(str(data_file)), tmp_path / "out"))
 
 
