@@ -11,9 +11,9 @@ from timm.data import create_loader
 from timm.data.readers import create_reader
 from torch.utils.data import DataLoader, Dataset
 
+from backbones.training.rng import sample_seed
+from backbones.training.skips import SkipCounter
 from backbones.utils.errors import UserError
-from backbones.utils.rng import sample_seed
-from backbones.utils.skips import SkipCounter
 
 from .config import Recipe
 

@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from backbones import BackboneConfig, create_backbone
 from backbones.checkpoint import load_weights, read_metadata, save_backbone
 from backbones.training.groups import describe_rates, parameter_groups
+from backbones.training.log import MetricsLog, write_provenance
+from backbones.training.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
 from backbones.training.monitor import OperatorMonitor
+from backbones.training.nonfinite import first_nonfinite_module
+from backbones.training.rng import random_state, seed_everything, set_random_state
+from backbones.training.skips import SkipCounter
 from backbones.utils.errors import UserError
 from backbones.utils.files import atomic_path, make_folder, write_json
-from backbones.utils.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
-from backbones.utils.nonfinite import first_nonfinite_module
-from backbones.utils.rng import random_state, seed_everything, set_random_state
-from backbones.utils.runlog import MetricsLog, write_provenance
-from backbones.utils.skips import SkipCounter
 
 from .config import Recipe
 from .data import TRAIN_NAMES, VAL_NAMES, Source, open_split, start_epoch, train_loader, val_loader

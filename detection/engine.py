@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from backbones.training.monitor import OperatorMonitor
+from backbones.training.nonfinite import first_nonfinite, first_nonfinite_module
+from backbones.training.rng import seed_everything, set_random_state
+from backbones.training.skips import SkipCounter
 from backbones.utils.errors import UserError
 from backbones.utils.files import make_folder, read_json, write_json
-from backbones.utils.nonfinite import first_nonfinite, first_nonfinite_module
-from backbones.utils.rng import seed_everything, set_random_state
-from backbones.utils.skips import SkipCounter
 
 from .backbone import find_trunk
 from .config import load_config

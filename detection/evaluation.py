@@ -13,7 +13,7 @@ from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.utils import comm
 from torch import nn
 
-from backbones.utils.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
+from backbones.training.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
 
 from .backbone import find_trunk
 from .loader import ReadableMapper, evaluation_loader, inference_mapper

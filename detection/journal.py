@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from backbones.training.groups import describe_rates
-from backbones.utils.runlog import MetricsLog, write_provenance
+from backbones.training.log import MetricsLog, write_provenance
 
 from .backbone import find_trunk
 from .state import CHECKPOINT, config_values

@@ -17,9 +17,9 @@ from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from backbones.training.rng import sample_seed
+from backbones.training.skips import SkipCounter
 from backbones.utils.errors import UserError
-from backbones.utils.rng import sample_seed
-from backbones.utils.skips import SkipCounter
 
 UNREADABLE = (OSError, SyntaxError)  # what PIL raises for files that are cut short or no image
 

@@ -10,9 +10,9 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from backbones.checkpoint import closed_gates, read_metadata
+from backbones.training.rng import random_state
 from backbones.utils.errors import UserError
 from backbones.utils.files import atomic_path, save_weights
-from backbones.utils.rng import random_state
 
 from .backbone import find_trunk
 from .config import get_config, merge, resolve

@@ -10,8 +10,8 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from backbones import create_backbone
+from backbones.training.nonfinite import first_nonfinite_module
 from backbones.utils.errors import UserError
-from backbones.utils.nonfinite import first_nonfinite_module
 
 
 @MODELS.register_module()

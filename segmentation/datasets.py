@@ -8,10 +8,10 @@ from mmengine.dataset import InfiniteSampler
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from mmseg.registry import DATA_SAMPLERS, DATASETS
 
+from backbones.training.rng import seed_everything
+from backbones.training.skips import SkipCounter
 from backbones.utils.errors import UserError
 from backbones.utils.files import read_json
-from backbones.utils.rng import seed_everything
-from backbones.utils.skips import SkipCounter
 
 from .transforms import IGNORE, MAX_CLASSES, UnreadableImageError, read_mask
 

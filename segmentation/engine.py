@@ -17,12 +17,12 @@ from mmseg.utils import register_all_modules
 from numpy.typing import NDArray
 from torch import nn
 
+from backbones.training.log import write_provenance
+from backbones.training.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
 from backbones.utils.errors import UserError
 from backbones.utils.files import make_folder, read_json, write_json
-from backbones.utils.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
-from backbones.utils.runlog import write_provenance
 
-from . import checkpoint
+from . import state as files
 from .config import plan_training
 from .hooks import median_iteration_seconds, validation_details
 
@@ -40,12 +40,12 @@ class SegmentationRunner(Runner):
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         save = super().save_checkpoint
-        checkpoint.save_whole(lambda name: save(out_dir, name, *args, **kwargs), out_dir, filename)
+        files.save_whole(lambda name: save(out_dir, name, *args, **kwargs), out_dir, filename)
 
     def load_checkpoint(self, filename: str, map_location: Any = "cpu", **kwargs: Any) -> dict:
-        state = checkpoint.read(filename)
+        state = files.read(filename)
         self.call_hook("after_load_checkpoint", checkpoint=state)
-        checkpoint.load_into(_unwrap(self.model), state["state_dict"], filename)
+        files.load_into(_unwrap(self.model), state["state_dict"], filename)
         self._has_loaded = True
         return state
 
@@ -63,13 +63,13 @@ def train(cfg: Config, resume: bool = False) -> dict[str, Any]:
     folder = make_folder(cfg.work_dir)
     _prepare(cfg)
     plan = plan_training(cfg)
-    last = checkpoint.find_last(folder) if resume else None
+    last = files.find_last(folder) if resume else None
     if is_main_process():
         print("derived  " + "  ".join(f"{name} {value:g}" for name, value in plan.items()))
         if resume:
             print(f"resuming from {last}" if last else f"{folder} holds no checkpoint; starting from the beginning")
         else:
-            checkpoint.forget_last(folder)
+            files.forget_last(folder)
         write_provenance(folder, cfg.to_dict(), cfg.randomness.seed, {"data_root": cfg.data_root, **plan})
     if last:
         cfg.load_from, cfg.resume = str(last), True
@@ -81,7 +81,7 @@ def train(cfg: Config, resume: bool = False) -> dict[str, Any]:
     if not is_main_process():
         return {}
     model = _unwrap(runner.model)
-    checkpoint.save_model(folder / WEIGHTS, model, cfg, runner.val_dataloader.dataset.metainfo)
+    files.save_model(folder / WEIGHTS, model, cfg, runner.val_dataloader.dataset.metainfo)
     metrics = _measure(runner, cfg)
     if seconds is not None:
         metrics["train_images_per_s"] = plan["batch_size"] / seconds
@@ -96,9 +96,7 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     """
     folder = make_folder(cfg.work_dir)
     _prepare(cfg)
-    weights = cfg.load_from or next(
-        (p for p in (folder / WEIGHTS, checkpoint.find_last(folder)) if p and p.exists()), None
-    )
+    weights = cfg.load_from or next((p for p in (folder / WEIGHTS, files.find_last(folder)) if p and p.exists()), None)
     cfg.load_from = None
     for name in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
         cfg[name] = None
@@ -123,9 +121,9 @@ def load_trained(run_dir: str | Path, device: str | torch.device | None = None) 
     if not path.is_file():
         raise UserError(f"{path} does not exist. Train with tools/train_seg.py --work-dir {run_dir} first.")
     register_all_modules(init_default_scope=True)
-    description, meta = checkpoint.load_description(path)
+    description, meta = files.load_description(path)
     model = revert_sync_batchnorm(MODELS.build(description.model))
-    checkpoint.load_into(model, checkpoint.read(path)["state_dict"], path)
+    files.load_into(model, files.read(path)["state_dict"], path)
     model.cfg, model.dataset_meta = description, meta
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 

@@ -10,9 +10,9 @@ from mmengine.model import is_model_wrapper
 from mmseg.registry import HOOKS
 
 from backbones.training.groups import DERIVED, describe_rates
+from backbones.training.log import MetricsLog
 from backbones.training.monitor import OperatorMonitor
-from backbones.utils.rng import seed_everything
-from backbones.utils.runlog import MetricsLog
+from backbones.training.rng import seed_everything
 
 from .datasets import ITERATION_SEED
 

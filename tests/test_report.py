@@ -451,8 +451,8 @@ class Page(HTMLParser):
 def comparison(tmp_path, sample_data, monkeypatch):
     """Results, jobs and data of rows with awkward names; detectors and segmentors that always say the same."""
     import detection.engine
-    import segmentation.checkpoint
     import segmentation.engine
+    import segmentation.state
 
     names = ["<b>", "a$x_1$", *(f"vit{i}" for i in range(7))]
     results = make_results(*names, controls=("uniform",))
@@ -480,7 +480,7 @@ def comparison(tmp_path, sample_data, monkeypatch):
 
     monkeypatch.setattr(segmentation.engine, "predict", segment)
     description = (None, {"classes": json.loads((sample_data / "segmentation" / "classes.json").read_text())})
-    monkeypatch.setattr(segmentation.checkpoint, "load_description", lambda path: description)
+    monkeypatch.setattr(segmentation.state, "load_description", lambda path: description)
     layout = SimpleNamespace(
         classification={"root": str(sample_data / "classification")},
         detection={

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops import fourier_mix, fourier_phi
-from ..utils.rows import by_rows
+from ..ops.rows import by_rows
 from .spline_kan import bspline_basis, uniform_knots
 
 Parameters = Mapping[str, Tensor]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.rows import by_rows
 from ..utils.errors import UserError, check_choice
-from ..utils.rows import by_rows
 from .bases import BASE_FUNCTIONS, BASES
 from .diagonal import DIAGONALS, Diagonal
 from .functions import Functions, Resample

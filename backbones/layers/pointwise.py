@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..utils.rows import by_rows
+from ..ops.rows import by_rows
 from .resample import Grid
 
 # What a network learns without looking at scores: a comparison that these win does not measure attention.

@@ -199,8 +199,8 @@ def test_nothing_of_size_n_n_r_is_made(basis, order, monkeypatch):
     """With blocks of 4096 numbers no tensor exceeds a block or the weights themselves, forward and backward."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from backbones.ops import rows
     from backbones.ops.fourier_attention import blocked
-    from backbones.utils import rows
 
     monkeypatch.setitem(rows._BLOCK, "cpu", 4096)
     monkeypatch.setitem(blocked._BLOCK_BYTES, "cpu", 4 * 4096)

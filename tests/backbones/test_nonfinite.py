@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from backbones.utils.nonfinite import first_nonfinite, first_nonfinite_module
+from backbones.training.nonfinite import first_nonfinite, first_nonfinite_module
 
 
 class Nested(nn.Module):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from backbones import create_backbone
 from backbones.checkpoint import read_weights
-from backbones.utils.runlog import read_metrics
+from backbones.training.log import read_metrics
 from classification import engine
 from classification.config import load_recipe
 

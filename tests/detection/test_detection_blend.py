@@ -8,8 +8,8 @@ import torch
 
 from backbones import create_backbone
 from backbones.checkpoint import save_backbone
+from backbones.training.log import read_metrics
 from backbones.utils.errors import UserError
-from backbones.utils.runlog import read_metrics
 from detection.config import load_config
 from detection.datasets import register_datasets
 from detection.engine import prepare, train

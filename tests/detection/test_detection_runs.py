@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from backbones import create_backbone
 from backbones.checkpoint import save_backbone
 from backbones.training.groups import OPERATOR_STEP
+from backbones.training.log import read_metrics
 from backbones.utils.errors import UserError, describe
-from backbones.utils.runlog import read_metrics
 from detection import engine
 from detection.engine import evaluate_run, load_trained, predict, prepare, train
 from detection.state import CHECKPOINT, WEIGHTS

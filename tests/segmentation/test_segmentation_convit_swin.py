@@ -13,8 +13,8 @@ from PIL import Image
 
 from backbones import create_backbone
 from backbones.checkpoint import save_backbone
+from backbones.training.measure import images_per_second
 from backbones.utils.errors import UserError
-from backbones.utils.measure import images_per_second
 from segmentation import engine
 from segmentation.backbone import KarvisBackbone
 from segmentation.config import CONFIG_FOLDER, load_config

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from backbones import create_backbone
 from backbones.checkpoint import save_backbone
+from backbones.training.log import read_metrics
+from backbones.training.measure import images_per_second
 from backbones.utils.errors import UserError, run_main
-from backbones.utils.measure import images_per_second
-from backbones.utils.runlog import read_metrics
 from segmentation import engine
 from segmentation.config import CONFIG_FOLDER, plan_training
 from segmentation.engine import evaluate, predict, train

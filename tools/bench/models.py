@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from backbones import create_backbone
 from backbones.config import BackboneConfig
 from backbones.models.presets import preset_config
+from backbones.training.measure import count_parameters
 from backbones.utils.errors import UserError
-from backbones.utils.measure import count_parameters
 
 from .options import DTYPES
 from .timing import interleaved, peak_mib, summary

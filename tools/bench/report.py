@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from backbones.training.log import git_commit
 from backbones.utils.files import write_json, write_text
-from backbones.utils.runlog import git_commit
 
 Rows = list[dict[str, Any]]
 

@@ -194,8 +194,8 @@ def _draw_objects(image: Image.Image, objects: list[Object], colors: dict[str, C
 
 def _segmentation(jobs: list[Any], data: Any, more: str, count: int = 4) -> Section:
     """The image, its true mask, and each row's."""
-    from segmentation.checkpoint import load_description
     from segmentation.engine import WEIGHTS, predict
+    from segmentation.state import load_description
 
     root = Path(data.segmentation["data_root"])
     paths = sorted((root / "annotations" / "validation").glob("*.png"))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 
-from backbones.utils.runlog import read_metrics
+from backbones.training.log import read_metrics
 
 from .drawing import file_name, legend_below, line_style, literal, png
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from backbones.utils.runlog import read_metrics
+from backbones.training.log import read_metrics
 
 from .functions import MOST_ROWS
 from .table import Cell, number

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from backbones import create_backbone
+from backbones.training.log import git_commit
+from backbones.training.measure import count_gflops, count_parameters
 from backbones.utils.files import read_json, write_json
-from backbones.utils.measure import count_gflops, count_parameters
-from backbones.utils.runlog import git_commit
 from suite.plan import Data, Job
 from suite.rows import Row
 

@@ -59,7 +59,7 @@ def measure() -> None:
     import torch
 
     from backbones import BackboneConfig, create_backbone
-    from backbones.utils.measure import images_per_second
+    from backbones.training.measure import images_per_second
     from bench.timing import peak_mib
 
     config: dict[str, Any] = json.load(sys.stdin)

@@ -5,7 +5,7 @@ import multiprocessing
 import sys
 from multiprocessing import sharedctypes
 
-from .errors import UserError
+from ..utils.errors import UserError
 
 
 class SkipCounter:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .files import make_folder, write_json
+from ..utils.files import make_folder, write_json
 
 _PACKAGES = (
     "torch",
