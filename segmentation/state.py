@@ -13,6 +13,8 @@ from backbones.checkpoint import read_metadata
 from backbones.utils.errors import UserError
 from backbones.utils.files import atomic_path, save_weights
 
+from .description import check_description
+
 LAST = "last_checkpoint"  # mmengine's: holds the path of the newest checkpoint
 
 
@@ -94,8 +96,9 @@ def load_description(path: str | Path) -> tuple[Config, dict[str, Any]]:
     metadata = read_metadata(path)
     if metadata.get("task") != "segmentation":
         raise UserError(f"{path} was not written by tools/train_seg.py; it holds no description of a segmentor.")
-    description = metadata["config"]
+    description, meta = metadata.get("config"), metadata.get("dataset_meta")
+    check_description(description, meta, path)
     for step in description["test_pipeline"]:
-        if "scale" in step:
+        if isinstance(step.get("scale"), list):
             step["scale"] = tuple(step["scale"])  # JSON has no tuples, and mmcv takes no list
-    return Config(description), metadata["dataset_meta"]
+    return Config(description), meta

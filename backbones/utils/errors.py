@@ -2,9 +2,12 @@
 
 import difflib
 import errno
+import itertools
+import reprlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
 
 DEBUG_FLAG = "--debug"
 
@@ -13,9 +16,43 @@ class UserError(ValueError):
     """A problem the user can fix. The message says what came, what is allowed and what to do."""
 
 
+class _Shown(reprlib.Repr):
+    """repr of what a user gave: a few items of a few levels, whatever its size."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 3, 120, 120, 40
+
+    def repr1(self, x: object, level: int) -> str:
+        if isinstance(x, int) and x.bit_length() > 128:
+            return f"an integer of {x.bit_length()} bits"
+        if isinstance(x, Mapping) and type(x) is not dict:
+            x = dict(itertools.islice(x.items(), self.maxdict + 1))
+        return super().repr1(x, level)
+
+
+def shown(value: object, limit: int = 240) -> str:
+    """``value`` for a message: its repr, at most ``limit`` characters, without control characters."""
+    text = escaped(_Shown().repr(value))
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def escaped(text: object) -> str:
+    """``text`` with control characters, bidirectional overrides and lone surrogates as escapes; line breaks stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" or _is_space(c) else _escape(c) for c in str(text))
+
+
+def _is_space(character: str) -> bool:
+    return unicodedata.category(character) == "Zs"
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
 def suggest(word: str, allowed: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the allowed name nearest to ``word``, or ``""``."""
-    nearest = difflib.get_close_matches(str(word), [str(a) for a in allowed], n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(word)[:100], [str(a) for a in allowed], n=1, cutoff=0.5)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
@@ -24,7 +61,8 @@ def check_choice(setting: str, value: object, allowed: Iterable[object]) -> None
     allowed = list(allowed)
     if value not in allowed:
         names = ", ".join(repr(a) for a in allowed)
-        raise UserError(f"{setting} is {value!r}; allowed: {names}.{suggest(str(value), map(str, allowed))}")
+        hint = suggest(value, map(str, allowed)) if isinstance(value, str) else ""
+        raise UserError(f"{setting} is {shown(value)}; allowed: {names}.{hint}")
 
 
 def check_keys(where: str, keys: Iterable[str], allowed: Iterable[str]) -> None:
@@ -32,7 +70,8 @@ def check_keys(where: str, keys: Iterable[str], allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     for key in keys:
         if key not in allowed:
-            raise UserError(f"{where} has no key {key!r}.{suggest(key, allowed)} Valid keys: {', '.join(allowed)}.")
+            hint = suggest(key, allowed) if isinstance(key, str) else ""
+            raise UserError(f"{where} has no key {shown(key)}.{hint} Valid keys: {', '.join(allowed)}.")
 
 
 def describe(error: BaseException) -> str | None:
