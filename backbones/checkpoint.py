@@ -1,6 +1,5 @@
 """Weights in and out: files or timm models into a backbone at any size, with a report of what matched."""
 
-import json
 import math
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import BackboneConfig
+from .header import parse_header
 from .layers.attention import FrozenScoresLinear, split_fused
 from .layers.gr_kan import GroupRational, start_coefficients
 from .layers.resample import Grid, resample_tokens
@@ -203,9 +203,10 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """The header that ``save_backbone`` wrote; empty for files from elsewhere."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {key: _json(value) for key, value in (file.metadata() or {}).items()}
-    except (SafetensorError, OSError) as error:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}. It is missing, damaged or not a safetensors file.") from None
+    return parse_header(metadata, path)
 
 
 def read_weights(source: str | Path) -> tuple[dict[str, Tensor], BackboneConfig | None]:
@@ -232,6 +233,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read {path}: {error}. The file is damaged; copy it again.") from None
 
 
+def read_state(source: str | Path) -> dict[str, Tensor]:
+    """The tensors by name of a safetensors file, or of a .pth file that holds nothing else but plain values."""
+    path = Path(source)
+    if not path.is_file():
+        raise UserError(f"the checkpoint {path} does not exist. Check the path.")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
+
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -240,8 +249,10 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, and nothing else is unpickled. "
             "Save its state dict alone: torch.save({'model': state_dict}, FILE) or safetensors."
         ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}. The file is damaged; copy it again.") from None
+    except OSError:
+        raise
+    except Exception as error:  # torch's reader raises errors of many kinds, some with advice that is dangerous
+        raise UserError(f"cannot read {path} ({type(error).__name__}). The file is damaged; copy it again.") from None
     while isinstance(state, Mapping) and not any(isinstance(v, Tensor) for v in state.values()):
         inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None)
         if inner is None:
@@ -356,10 +367,3 @@ def _token_layout(count: int, grid: Grid | None) -> tuple[Grid, int] | None:
 
 def _shapes(old: Tensor, new: Tensor) -> str:
     return f"{list(old.shape)}->{list(new.shape)}"
-
-
-def _json(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value

@@ -12,6 +12,6 @@ with contextlib.redirect_stdout(io.StringIO()):  # mmseg prints which optional c
     import mmseg.datasets
     import mmseg.models  # noqa: F401
 
-from . import backbone, datasets, hooks, metric, optim, transforms  # noqa: E402
+from . import backbone, datasets, hooks, metric, optim, pretrained, transforms  # noqa: E402
 
-__all__ = ["backbone", "datasets", "hooks", "metric", "optim", "transforms"]
+__all__ = ["backbone", "datasets", "hooks", "metric", "optim", "pretrained", "transforms"]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .documents import read_json  # noqa: F401 - beside write_json, for its users
 from .errors import UserError
 
 
@@ -61,17 +62,6 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, sort_keys=False, default=str) + "\n")
-
-
-def read_json(path: str | Path, what: str) -> Any:
-    """Reads JSON; ``what`` names the file's role in the error for a missing or broken one."""
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{what}: {path} does not exist. Check the path.") from None
-    except (IsADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{what}: {path} is not valid JSON ({error}). Write it again or give another file.") from None
 
 
 def save_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:

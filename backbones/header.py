@@ -1,0 +1,53 @@
+"""What the header of a safetensors file says: JSON by key, bounded, and of the types that this project writes."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .utils.documents import parse_json
+from .utils.errors import UserError, shown
+
+_MAPPINGS = ("backbone", "backbone_config", "config", "dataset_meta", "detection_config", "extra", "settings")
+
+
+def parse_header(raw: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+    """The values of a header; text that is not JSON, of another program, stays text.
+
+    Raises:
+        UserError: for JSON past the limits of ``parse_json``, and a key of this project with another type.
+    """
+    values = {key: _value(text, f"{path}: {shown(key)} in its header") for key, text in raw.items()}
+    for key in (*_MAPPINGS, "transform"):
+        _check(values, key, isinstance(values.get(key), Mapping), "a mapping", path)
+    _check(values, "task", isinstance(values.get("task"), str), "a name", path)
+    _check(values, "classes", _all(values.get("classes"), lambda v: isinstance(v, str)), "a list of names", path)
+    transform = values["transform"] if isinstance(values.get("transform"), Mapping) else values
+    for key in ("mean", "std"):
+        numbers = transform.get(key)
+        valid = _all(numbers, lambda v: type(v) in (int, float) and math.isfinite(v)) and len(numbers) == 3
+        _check(transform, key, valid, "three finite numbers", path)
+    return values
+
+
+def _value(text: str, where: str) -> Any:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return text
+    except (ValueError, RecursionError):
+        pass  # parse_json says what is wrong
+    return parse_json(text, where)
+
+
+def _all(value: Any, is_valid: Any) -> bool:
+    return isinstance(value, list) and all(is_valid(v) for v in value)
+
+
+def _check(values: Mapping[str, Any], key: str, valid: bool, what: str, path: str | Path) -> None:
+    if values.get(key) is not None and not valid:
+        raise UserError(
+            f"{path}: {key} in its header is {shown(values[key])}; it must be {what}. The header is damaged or another "
+            "program's: copy the file again, or give another."
+        )
