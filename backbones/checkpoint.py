@@ -19,6 +19,7 @@ from .layers.attention import FrozenScoresLinear, split_fused
 from .layers.gr_kan import GroupRational, start_coefficients
 from .layers.resample import Grid, resample_tokens
 from .layers.starts import STARTS
+from .utils.digest import check_weights
 from .utils.errors import UserError
 from .utils.files import save_weights
 
@@ -215,18 +216,20 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], BackboneConfig 
     if path.is_file():
         if path.suffix == ".safetensors":
             metadata = read_metadata(path)
-            state = _read_safetensors(path)
+            state = read_tensors(path)
         else:
             metadata, state = {}, _read_torch(path)
-        config = metadata.get("config")
+        config = metadata.get("backbone", metadata.get("config"))
         config = BackboneConfig.from_dict(config) if isinstance(config, Mapping) and "arch" in config else None
         return _strip_prefix(state, path), config
     return _read_timm(str(source)), None
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; those of a file with a digest are the ones that were written."""
     from safetensors.torch import load_file
 
+    check_weights(path, required="karvis_format" in read_metadata(path))
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -238,7 +241,7 @@ def read_state(source: str | Path) -> dict[str, Tensor]:
     path = Path(source)
     if not path.is_file():
         raise UserError(f"the checkpoint {path} does not exist. Check the path.")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    return read_tensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:

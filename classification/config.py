@@ -5,10 +5,24 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
 from backbones.training.groups import check_operator_lr
-from backbones.utils.errors import UserError, check_choice, check_keys
+from backbones.training.images import MAX_PIXELS
+from backbones.utils.documents import MAX_DEPTH, parse_yaml, read_yaml
+from backbones.utils.errors import UserError, check_choice, check_keys, shown
+from backbones.utils.values import finite
+
+_LARGEST = 10**9
+_RANGES = {  # of settings that have no check of their own
+    **dict.fromkeys(("augment.erasing", "augment.smoothing"), (0, 1)),
+    **dict.fromkeys(("augment.mixup", "augment.cutmix", "augment.color_jitter"), (0, 1000)),
+    **dict.fromkeys(("augment.scale", "augment.ratio", "data.std"), (1e-6, 1e6)),
+    "data.workers": (0, 1024),
+    "data.max_pixels": (1, 2**40),
+    "train.batch_size": (1, 2**20),
+    "train.epochs": (1, 10**6),
+    "train.betas": (0, 1 - 1e-9),
+    "train.seed": (0, 2**63 - 1),
+}
 
 
 @dataclass
@@ -24,6 +38,7 @@ class Data:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
+    max_pixels: int = MAX_PIXELS  # larger images are not decoded
 
 
 @dataclass
@@ -63,6 +78,9 @@ class Train:
     ema_decay: float = 0.0
     precision: str = "auto"  # bf16 on GPUs that have it, else fp32
     eval_every: int = 1  # epochs
+    save_minutes: float = 30.0  # also save when this long has passed; 0 = at the end of each epoch only
+    save_steps: int = 0  # also save every so many steps; 0 = not for the count
+    keep_every: int = 0  # keep the checkpoint of every k-th epoch beside the last; 0 = the last alone
     log_every: int = 20  # steps
     log_operators: bool = True  # scores, outputs and steps of KArAt's operators, and gradients by part
     seed: int = 0
@@ -93,8 +111,8 @@ class Recipe:
             if getattr(self.train, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self.train, name)}; it must be at least 1.")
         check_operator_lr(self.train.operator_lr, "train.operator_lr")
-        positive = ("lr", "eps")
-        for name in ("warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", *positive):
+        positive, kept = ("lr", "eps"), ("save_minutes", "save_steps", "keep_every")
+        for name in ("warmup_lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", *kept, *positive):
             value = getattr(self.train, name)
             if value < 0 or (name in positive and value == 0):
                 raise UserError(
@@ -113,8 +131,19 @@ class Recipe:
             raise UserError(
                 f"train.warmup_epochs {self.train.warmup_epochs} does not end within train.epochs {self.train.epochs}."
             )
-        if self.data.workers < 0:
-            raise UserError(f"data.workers is {self.data.workers}; it must be 0 or more.")
+        for where, section in (("data", self.data), ("augment", self.augment), ("train", self.train)):
+            for item in fields(section):
+                _check_bounds(f"{where}.{item.name}", getattr(section, item.name), getattr(type(section)(), item.name))
+
+
+def _check_bounds(name: str, value: Any, default: Any) -> None:
+    """Raises UserError for a number outside its range, and a list of another length than its default."""
+    if isinstance(default, list) and len(value) != len(default):
+        raise UserError(f"{name} has {len(value)} values; it must have {len(default)}, such as {default}.")
+    low, high = _RANGES.get(name, (-_LARGEST, _LARGEST))
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and not low <= number <= high:
+            raise UserError(f"{name} is {shown(value)}; it must be between {low} and {high}.")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -123,13 +152,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: for a missing or broken file, an unknown key (naming the nearest valid one), a value of another type.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (FileNotFoundError, IsADirectoryError):
+    if not Path(path).exists():
         shipped = ", ".join(sorted(p.name for p in (Path(__file__).parent / "recipes").glob("*.yaml")))
-        raise UserError(f"no recipe {path}. Shipped in classification/recipes: {shipped}.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+        raise UserError(f"no recipe {path}. Shipped in classification/recipes: {shipped}.")
+    values = read_yaml(path, "the recipe") or {}
     if not isinstance(values, Mapping):
         raise UserError(f"{path} must hold keys and values; it holds {type(values).__name__}.")
     recipe = _fill(Recipe(), values, "")
@@ -142,12 +168,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _apply(recipe: Recipe, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
-        raise UserError(f"{override!r} is not key=value, such as data.root=PATH or train.epochs=10.")
+        raise UserError(f"{shown(override)} is not key=value, such as data.root=PATH or train.epochs=10.")
+    path = key.split(".")
+    if len(path) > MAX_DEPTH:
+        raise UserError(f"{shown(key)} has {len(path)} parts; a setting has a few, such as train.epochs.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    for part in reversed(key.split(".")):
+        value = parse_yaml(text, shown(key))
+    except UserError:
+        value = text  # such as a path with a colon
+    for part in reversed(path):
         value = {part: value}
     _fill(recipe, value, "")
 
@@ -161,7 +190,7 @@ def _fill(target: Any, values: Mapping[str, Any], where: str) -> Any:
         current = getattr(target, key)
         if is_dataclass(current):
             if not isinstance(value, Mapping):
-                raise UserError(f"{where}{key} is {value!r}; it holds keys, such as {fields(current)[0].name}.")
+                raise UserError(f"{where}{key} is {shown(value)}; it holds keys, such as {fields(current)[0].name}.")
             _fill(current, value, f"{where}{key}.")
         elif isinstance(current, dict):
             _merge(current, value, where + key)
@@ -172,7 +201,7 @@ def _fill(target: Any, values: Mapping[str, Any], where: str) -> Any:
 
 def _merge(current: dict[str, Any], value: Any, where: str) -> None:
     if not isinstance(value, Mapping):
-        raise UserError(f"{where} is {value!r}; it holds keys, such as arch.")
+        raise UserError(f"{where} is {shown(value)}; it holds keys, such as arch.")
     for key, inner in value.items():
         if isinstance(inner, Mapping) and isinstance(current.get(key), dict):
             _merge(current[key], inner, f"{where}.{key}")
@@ -184,16 +213,16 @@ def _cast(value: Any, kind: Any, where: str) -> Any:
     """``value`` as ``kind``; YAML reads 1e-3 as text, and a number may stand for text (a folder called 2024)."""
     try:
         if kind is float and not isinstance(value, bool):
-            return float(value)
+            return finite(value)
         if kind is bool and isinstance(value, bool):
             return value
         if kind is int and not isinstance(value, bool | float):
             return int(value)
-        if kind is str and isinstance(value, str | int | float | type(None)):
+        if kind is str and isinstance(value, str | int | float | type(None)) and "\0" not in str(value):
             return "" if value is None else str(value)
         if kind == list[float] and isinstance(value, Sequence) and not isinstance(value, str):
-            return [float(v) for v in value]
-    except (TypeError, ValueError):
+            return [finite(v) for v in value]
+    except (TypeError, ValueError, OverflowError):
         pass
     expected = getattr(kind, "__name__", str(kind)) if kind != list[float] else "list of numbers"
-    raise UserError(f"{where} is {value!r}; it must be a {expected}.")
+    raise UserError(f"{where} is {shown(value)}; it must be a {expected}.")

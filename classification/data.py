@@ -1,16 +1,21 @@
 """Images of a classification data set: folders, tar files and CIFAR batches, through timm's readers and loader."""
 
+import tarfile
+from collections.abc import Iterator
+from hashlib import sha256
 from multiprocessing import sharedctypes
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_loader
 from timm.data.readers import create_reader
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from backbones.training.images import MAX_PIXELS, UnreadableImageError, read_image
+from backbones.training.processes import Processes
 from backbones.training.rng import sample_seed
 from backbones.training.skips import SkipCounter
 from backbones.utils.errors import UserError
@@ -19,24 +24,26 @@ from .config import Recipe
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "eval", "test")
-_UNREADABLE = (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
 class Source(Protocol):
     """Images and their class indices."""
 
     classes: list[str]
+    max_pixels: int  # of an image that is decoded
 
     def __len__(self) -> int: ...
     def load(self, index: int) -> tuple[Image.Image, int]: ...
     def name(self, index: int) -> str: ...
+    def digest(self) -> str:
+        """Of what the images are, wherever they lie: the same for a copy in another folder."""
 
 
 class ReaderSource:
     """Class folders or a .tar of them, read by timm. ``classes`` fixes the numbering, for a validation split."""
 
     def __init__(self, path: Path, classes: list[str] | None = None):
-        self.path = path
+        self.path, self.max_pixels = path, MAX_PIXELS
         options: dict[str, Any] = {"class_map": {name: i for i, name in enumerate(classes)}} if classes else {}
         if path.suffix == ".tar":
             options["cache_tarinfo"] = False  # timm's cache is a pickle beside the data
@@ -57,12 +64,20 @@ class ReaderSource:
         return len(self.reader)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        file, target = self.reader[index]
-        with file, Image.open(file) as image:
-            return image.convert("RGB"), target
+        if self.path.is_dir():
+            file, target = self.reader.samples[index]
+        else:
+            try:
+                file, target = self.reader[index]
+            except (OSError, tarfile.TarError) as error:
+                raise UnreadableImageError(str(error)) from error
+        return read_image(file, lambda image: image.convert("RGB"), self.max_pixels, "data.max_pixels"), target
 
     def name(self, index: int) -> str:
         return str(self.path / self.reader.filename(index)) if self.path.is_dir() else self.reader.filename(index)
+
+    def digest(self) -> str:
+        return sha256("\0".join(self.reader.filenames()).encode(errors="surrogateescape")).hexdigest()
 
 
 class CifarSource:
@@ -71,6 +86,7 @@ class CifarSource:
     def __init__(self, root: Path, train: bool):
         from torchvision.datasets import CIFAR10, CIFAR100
 
+        self.max_pixels = MAX_PIXELS
         kind = CIFAR10 if (root / CIFAR10.base_folder).is_dir() else CIFAR100
         try:
             self.dataset = kind(str(root), train=train)
@@ -88,6 +104,9 @@ class CifarSource:
 
     def name(self, index: int) -> str:
         return f"CIFAR image {index}"
+
+    def digest(self) -> str:
+        return str(self.dataset.train_list if self.dataset.train else self.dataset.test_list)
 
 
 class Images(Dataset):
@@ -122,7 +141,7 @@ class Images(Dataset):
         while True:
             try:
                 return self.source.load(index)
-            except _UNREADABLE as error:
+            except UnreadableImageError as error:
                 name = self.source.name(index)
                 if self.skips is None:
                     raise UserError(f"cannot read the image {name} ({error}). Repair or remove it.") from None
@@ -161,16 +180,43 @@ def open_split(root: str, split: str, names: tuple[str, ...], classes: list[str]
     return ReaderSource(path, classes)
 
 
+class EpochSampler(Sampler[int]):
+    """The order of one epoch, this process's share of it, from any place in it.
+
+    Args:
+        images: their number.
+        batch_size: images of a step of this process.
+        rank, size: this process among all; what is left over by ``size`` is left out.
+    """
+
+    def __init__(self, images: int, batch_size: int, rank: int, size: int):
+        self.images, self.batch_size, self.rank, self.size = images, batch_size, rank, size
+        self._generator, self._first = torch.Generator(), 0
+
+    def start(self, seed: int, epoch: int, first: int) -> None:
+        """Chooses the epoch, and the step of it to begin with."""
+        self._generator.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+        self._first = first * self.batch_size
+
+    def __len__(self) -> int:
+        return self.images // self.size
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self.images, generator=self._generator)[: len(self) * self.size]
+        return iter(order[self.rank :: self.size][self._first :].tolist())
+
+
 def train_loader(
-    recipe: Recipe, source: Source, skips: SkipCounter, img_size: tuple[int, int], device: torch.device, world_size: int
+    recipe: Recipe, source: Source, skips: SkipCounter, img_size: tuple[int, int], world: Processes
 ) -> DataLoader:
     """Shuffled, augmented batches of (images, class indices), this process's share of them."""
     augment, train = recipe.augment, recipe.train
-    whole = train.batch_size * world_size
+    source.max_pixels = recipe.data.max_pixels
+    whole = train.batch_size * world.size
     if len(source) < whole:
         raise UserError(
             f"{len(source)} training images are fewer than one batch of {whole}. "
-            f"Set train.batch_size to at most {len(source) // world_size}."
+            f"Set train.batch_size to at most {len(source) // world.size}."
         )
     loader = create_loader(
         Images(source, train.seed, skips),
@@ -183,41 +229,53 @@ def train_loader(
         re_prob=augment.erasing,
         re_mode="pixel",
         interpolation=recipe.data.interpolation,
-        distributed=world_size > 1,
-        **_common(recipe, img_size, device),
+        **_common(recipe, img_size, world.device),
     )
-    return _with_own_generators(loader)
+    return _with_own_generators(loader, EpochSampler(len(source), train.batch_size, world.rank, world.size))
 
 
-def start_epoch(loader: DataLoader, seed: int, epoch: int) -> None:
-    """Chooses the order and the augmentation of one epoch, whatever was drawn before."""
+def start_epoch(loader: DataLoader, seed: int, epoch: int, first: int = 0) -> None:
+    """Chooses the order and the augmentation of one epoch and its first step, whatever was drawn before."""
     loader.dataset.set_epoch(epoch)
-    if hasattr(loader.sampler, "set_epoch"):
-        loader.sampler.set_epoch(epoch)
-    else:
-        loader.sampler.generator.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+    loader.sampler.start(seed, epoch, first)
 
 
-def val_loader(
-    recipe: Recipe, source: Source, img_size: tuple[int, int], device: torch.device, rank: int = 0, world_size: int = 1
-) -> DataLoader:
+def val_loader(recipe: Recipe, source: Source, img_size: tuple[int, int], world: Processes) -> DataLoader:
     """Every ``world_size``-th image in order, centre-cropped: sums over processes are exact, without duplicates."""
     interpolation = recipe.data.interpolation
+    source.max_pixels = recipe.data.max_pixels
     loader = create_loader(
-        Images(source, recipe.train.seed, indices=range(rank, len(source), world_size)),
+        Images(source, recipe.train.seed, indices=range(world.rank, len(source), world.size)),
         interpolation="bicubic" if interpolation == "random" else interpolation,
         crop_pct=recipe.data.crop_pct,
-        **_common(recipe, img_size, device),
+        **_common(recipe, img_size, world.device),
     )
     return _with_own_generators(loader)
 
 
-def _with_own_generators(loader: DataLoader) -> DataLoader:
-    """Keeps shuffling and starting workers from drawing on the generators that dropout and mixup use."""
-    inner = getattr(loader, "loader", loader)  # timm's prefetcher wraps the loader
-    inner.generator = torch.Generator()
-    if hasattr(inner.sampler, "generator"):
-        inner.sampler.generator = torch.Generator()
+def _with_own_generators(loader: DataLoader, sampler: Sampler | None = None) -> DataLoader:
+    """Keeps shuffling and starting workers from drawing on the generators that dropout and mixup use.
+
+    Args:
+        loader: timm's, which knows transforms and collation, perhaps wrapped in its prefetcher.
+        sampler: to take the place of the loader's.
+    """
+    inner = getattr(loader, "loader", loader)
+    ours = DataLoader(
+        inner.dataset,
+        inner.batch_size,
+        sampler=sampler or inner.sampler,
+        num_workers=inner.num_workers,
+        collate_fn=inner.collate_fn,
+        pin_memory=inner.pin_memory,
+        drop_last=inner.drop_last,
+        worker_init_fn=inner.worker_init_fn,
+        persistent_workers=inner.persistent_workers,
+        generator=torch.Generator(),
+    )
+    if inner is loader:
+        return ours
+    loader.loader = ours
     return loader
 
 

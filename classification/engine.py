@@ -1,36 +1,35 @@
-"""Training and evaluation of a classifier, read from top to bottom: build, resume, epochs, evaluation, results."""
+"""Training and evaluation of a classifier, read from top to bottom: the loop, a step, evaluation, what is written."""
 
 import math
 import time
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
-from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from backbones import BackboneConfig, create_backbone
-from backbones.checkpoint import load_weights, read_metadata, save_backbone
-from backbones.training.groups import describe_rates, parameter_groups
+from backbones.training.folder import BEST, METRICS, WEIGHTS, claimed, keep
+from backbones.training.groups import describe_rates
 from backbones.training.log import MetricsLog, write_provenance
 from backbones.training.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
 from backbones.training.monitor import OperatorMonitor
-from backbones.training.nonfinite import first_nonfinite_module
-from backbones.training.rng import random_state, seed_everything, set_random_state
-from backbones.training.skips import SkipCounter
+from backbones.training.nonfinite import first_nonfinite, first_nonfinite_module
+from backbones.training.processes import Processes, agree, autocast_type, naming_lost_ranks
+from backbones.training.state import save_model
+from backbones.training.stopping import Pace, resume_command
 from backbones.utils.errors import UserError
-from backbones.utils.files import atomic_path, make_folder, write_json
+from backbones.utils.files import make_folder, write_json
 
 from .config import Recipe
-from .data import TRAIN_NAMES, VAL_NAMES, Source, open_split, start_epoch, train_loader, val_loader
+from .data import VAL_NAMES, open_split, start_epoch, val_loader
+from .run import Run, prepare
+from .state import header, load_trained
 
-WEIGHTS, STATE = "model.safetensors", "checkpoint.pt"
+__all__ = ["evaluate", "evaluate_only", "load_trained", "train"]
 
 
 def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> dict[str, Any]:
@@ -38,176 +37,211 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
 
     Raises:
         UserError: for data, settings or weights that do not fit, a folder that holds another run, a non-finite loss.
+        SystemExit: after SIGTERM or SIGINT, when the step is done and saved.
     """
-    world = _Processes(device)
-    options = recipe.train
-    output = Path(recipe.output)
-    _check_output(output, resume)
-    make_folder(output)
-    seed_everything(options.seed)
+    world = Processes(device)
+    try:
+        with claimed(recipe.output, resume, "output=FOLDER", world.is_main), naming_lost_ranks(resume_command()):
+            run = prepare(recipe, resume, world)
+            _announce(run, run.load() if resume else [])
+            return _train(run)
+    finally:
+        world.close()
 
-    source = open_split(recipe.data.root, recipe.data.train, TRAIN_NAMES)
-    held_out = open_split(recipe.data.root, recipe.data.val, VAL_NAMES, source.classes)
-    skips = SkipCounter(len(source))
-    network = create_backbone({**recipe.model, "num_classes": len(source.classes)}).to(world.device)
-    seed_everything(options.seed, world.rank)  # the same weights everywhere, other dropout and mixup
-    size = network.config.img_size
-    batches = train_loader(recipe, source, skips, size, world.device, world.size)
-    val_batches = val_loader(recipe, held_out, size, world.device, world.rank, world.size)
 
-    steps, batch = len(batches), options.batch_size * world.size
-    optimizer, scheduler = _schedule(recipe, network, steps, batch)
-    ema = ModelEmaV3(network, decay=options.ema_decay, use_warmup=True) if options.ema_decay else None
-    model = nn.parallel.DistributedDataParallel(network) if world.size > 1 else network
-    mixup, precision = _mixup(recipe, len(source.classes)), _precision(options.precision, world.device)
-
-    start = _load_state(output / STATE, network, ema, optimizer) if resume else 0
-    monitor = OperatorMonitor(network, network, optimizer) if world.is_main and options.log_operators else None
-    log = MetricsLog(output, resume_step=start * steps if resume else None) if world.is_main else None
-    if world.is_main:
-        _announce(recipe, network, source, held_out, steps, batch, f"{precision or 'fp32'} on {world.device}")
-
-    seen, busy = 0, 0.0
+def _train(run: Run) -> dict[str, Any]:
+    """The loop, from where the run stands."""
+    options = run.recipe.train
+    log = MetricsLog(run.folder, resume_step=run.done or None) if run.is_main else None
+    monitor = OperatorMonitor(run.network, run.network, run.optimizer) if log and options.log_operators else None
     metrics: dict[str, Any] = {}
-    for epoch in range(start, options.epochs):
-        began = time.perf_counter()
-        loss = _train_epoch(
-            epoch, recipe, model, ema, optimizer, scheduler, mixup, batches, precision, world, log, monitor, skips
-        )
-        busy += time.perf_counter() - began
-        seen += steps * batch
-        last = epoch + 1 == options.epochs
-        if (epoch + 1) % options.eval_every == 0 or last:
-            metrics = evaluate(ema.module if ema else network, val_batches, precision, world, source.classes)
-            if log:
-                log.write((epoch + 1) * steps, epoch + 1, "val", _scalars(metrics))
-        if world.is_main:
-            shown = "".join(f" {k} {v:.2f}" for k, v in _scalars(metrics).items())
-            print(
-                f"epoch {epoch + 1}/{options.epochs}  train loss {loss:.3f} {shown}  {seen / busy:.0f} images/s",
-                flush=True,
-            )
-            _save_state(output / STATE, network, ema, optimizer, epoch + 1)
-    if not metrics:  # resumed after its last epoch
-        metrics = evaluate(ema.module if ema else network, val_batches, precision, world, source.classes)
+    with closing(log) if log else nullcontext(), Pace(options.save_minutes, options.save_steps) as pace:
+        if _evaluation_is_due(run) and not agree(int(log is not None and log.has("val", run.done)))[0]:
+            metrics = _evaluate_epoch(run, log)  # the run stopped between the checkpoint and this
+        for epoch in range(run.done // run.steps, options.epochs):
+            metrics = {}
+            _train_epoch(run, epoch, pace, log, monitor)
+            if _evaluation_is_due(run):
+                metrics = _evaluate_epoch(run, log)
+        metrics = metrics or evaluate(run.final, run.val_batches, run.precision, run.world, run.source.classes)
+        return _finish(run, metrics)
 
-    final = ema.module if ema else network
-    if world.is_main:
-        save_backbone(
-            output / WEIGHTS, final, classes=source.classes, mean=recipe.data.mean, std=recipe.data.std, task="classify"
+
+def _train_epoch(run: Run, epoch: int, pace: Pace, log: MetricsLog | None, monitor: OperatorMonitor | None) -> None:
+    """One pass over the data, from where the run stands in it; saves at its end and whenever it is time."""
+    options, tally = run.recipe.train, run.tally
+    first = run.done - epoch * run.steps
+    start_epoch(run.batches, options.seed, epoch, first)
+    run.model.train()
+    title, hidden = f"epoch {epoch + 1}", None if run.is_main else True  # None: without a terminal
+    batches, began = iter(run.batches), time.perf_counter()
+    with tqdm(total=run.steps, initial=first, desc=title, leave=False, disable=hidden) as shown:
+        while run.done < (epoch + 1) * run.steps:
+            try:
+                images, targets = next(batches)
+            except RuntimeError:
+                if not pace.signal:  # a signal to the whole group of processes ends the workers too
+                    raise
+                run.save()
+                pace.stop(run.done)
+            run.scheduler.step_update(run.done)
+            logged = log and (run.done + 1) % options.log_every == 0
+            if logged and monitor:
+                monitor.watch()
+            loss, grad_norm = train_step(run, images, targets)
+            run.done += 1
+            shown.update()
+            tally.loss += loss
+            tally.grad_norm_max = max(tally.grad_norm_max, grad_norm)
+            if logged:
+                rate = max(group["lr"] for group in run.optimizer.param_groups)
+                values = {"loss": loss, "lr": rate, "grad_norm": grad_norm, "grad_norm_max": tally.grad_norm_max}
+                log.write(run.done, run.done / run.steps, "train", values | (monitor.values() if monitor else {}))
+                tally.grad_norm_max = 0.0
+            tally.images += run.batch
+            if pace.after_step(run.done) or run.done % run.steps == 0:
+                tally.seconds += time.perf_counter() - began
+                _save(run, pace)
+                began = time.perf_counter()
+    run.skips.check()
+
+
+def train_step(run: Run, images: Tensor, targets: Tensor) -> tuple[float, float]:
+    """One update; returns the loss and the norm of the gradient before clipping."""
+    options, device = run.recipe.train, run.world.device
+    images, targets = images.to(device), targets.to(device)
+    if run.mixup:
+        images, targets = run.mixup(images, targets)
+    with torch.autocast(device.type, dtype=run.precision, enabled=run.precision is not None):
+        logits = run.model(images)
+    loss = _loss(logits.float(), targets, run.recipe.augment.smoothing)
+    value = loss.item()
+    if not math.isfinite(value):
+        module = first_nonfinite_module(run.model, lambda: run.model(images)) or "the loss"
+        raise UserError(_diverged(run.done, f"the loss is {value}; the first non-finite output is that of {module}"))
+    run.optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), options.clip_grad or float("inf")).item()
+    if not math.isfinite(grad_norm):
+        where = first_nonfinite((name, p.grad) for name, p in run.network.named_parameters())
+        raise UserError(_diverged(run.done, f"the gradient of {where} is not finite"))
+    run.optimizer.step()
+    if run.ema:
+        run.ema.update(run.network, step=run.done + 1)
+    return value, grad_norm
+
+
+def _save(run: Run, pace: Pace) -> None:
+    """Writes the checkpoint, keeps every k-th epoch's, and ends the program when a signal asked for it."""
+    run.save()
+    pace.saved()
+    every = run.recipe.train.keep_every * run.steps
+    if run.is_main and every and run.done % every == 0:
+        keep(run.folder, run.done)
+    if pace.signal:
+        pace.stop(run.done)
+
+
+def _evaluation_is_due(run: Run) -> bool:
+    epoch, rest = divmod(run.done, run.steps)
+    return bool(run.done) and not rest and (epoch % run.recipe.train.eval_every == 0 or run.done == run.total)
+
+
+def _evaluate_epoch(run: Run, log: MetricsLog | None) -> dict[str, Any]:
+    """Evaluates, tells, and keeps the weights when they are the best so far."""
+    metrics = evaluate(run.final, run.val_batches, run.precision, run.world, run.source.classes)
+    if log:
+        values, epoch, tally = _scalars(metrics), run.done // run.steps, run.tally
+        best = max(log.values("val", "top1"), default=-1.0)
+        log.write(run.done, epoch, "val", values)
+        if metrics["top1"] > best:
+            _save_model(run, BEST)
+        shown = "".join(f" {name} {value:.2f}" for name, value in values.items())
+        print(
+            f"epoch {epoch}/{run.recipe.train.epochs}  train loss {tally.loss / run.steps:.3f} {shown}  "
+            f"{tally.images / tally.seconds:.0f} images/s",
+            flush=True,
         )
-        metrics |= _measure(final, size, options.batch_size, world.device)
-        metrics |= {"train_images_per_s": seen / busy if busy else 0.0, "skipped_images": skips.count}
-        write_json(output / "metrics.json", metrics)
-        log.close()
-    world.close()
+    run.tally.loss = 0.0
     return metrics
 
 
-def _schedule(recipe: Recipe, network: nn.Module, steps: int, batch: int):
-    """Optimizer and per-step cosine schedule, their rates scaled from the reference batch to ``batch``."""
-    options, scale = recipe.train, batch / recipe.train.reference_batch
-    groups = parameter_groups(
-        network,
-        network,
-        weight_decay=options.weight_decay,
-        layer_decay=options.layer_decay,
-        operator_lr=options.operator_lr,
-    )
-    try:
-        optimizer = create_optimizer_v2(
-            groups,
-            opt=options.optimizer,
-            lr=options.lr * scale,
-            weight_decay=options.weight_decay,
-            betas=tuple(options.betas),
-            eps=options.eps,
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"train.optimizer {options.optimizer!r}: {error}. Take one of timm's, such as adamw.") from None
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="cosine",
-        num_epochs=options.epochs,
-        warmup_epochs=options.warmup_epochs,
-        warmup_lr=options.warmup_lr * scale,
-        min_lr=options.min_lr * scale,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
-    return optimizer, scheduler
+def _save_model(run: Run, name: str) -> None:
+    save_model(run.folder / name, run.final.state_dict(), header(run.recipe, run.final, run.source.classes))
 
 
-def _announce(
-    recipe: Recipe, network: nn.Module, source: Source, held_out: Source, steps: int, batch: int, where: str
-) -> None:
-    """Prints what was derived from the recipe, and writes it with the data protocol into run.json."""
-    options = recipe.train
-    lr = options.lr * batch / options.reference_batch
-    derived = {"batch": batch, "lr": lr, "steps_per_epoch": steps, "steps": steps * options.epochs}
+def _finish(run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
+    if run.is_main:
+        _save_model(run, WEIGHTS)
+        metrics |= _measure(run.final, run.network.config.img_size, run.recipe.train.batch_size, run.world.device)
+        speed = run.tally.images / run.tally.seconds if run.tally.seconds else 0.0
+        metrics |= {"train_images_per_s": speed, "skipped_images": run.skips.count}
+        write_json(run.folder / METRICS, metrics)
+    return metrics
+
+
+def _announce(run: Run, changed: list[str]) -> None:
+    """Prints what was derived from the recipe, and writes it with the data protocol into run.json.
+
+    Args:
+        changed: settings that differ from the checkpoint's and may.
+    """
+    if not run.is_main:
+        return
+    recipe, options, network = run.recipe, run.recipe.train, run.network
+    lr = options.lr * run.batch / options.reference_batch
+    derived = {"batch": run.batch, "lr": lr, "steps_per_epoch": run.steps, "steps": run.total}
     protocol = {
         "root": recipe.data.root,
-        "train_images": len(source),
-        "val_images": len(held_out),
-        "classes": source.classes,
+        "train_images": len(run.source),
+        "val_images": len(run.held_out),
+        "classes": run.source.classes,
         "img_size": network.config.img_size,
         "crop_pct": recipe.data.crop_pct,
     }
     config = {**recipe.to_dict(), "backbone": network.config.to_dict(), "derived": derived}
-    write_provenance(recipe.output, config, options.seed, protocol)
+    write_provenance(run.folder, config, options.seed, protocol)
     print(
-        f"{network.config.arch}: {count_parameters(network) / 1e6:.2f}M parameters, {len(source)} images, "
-        f"{len(source.classes)} classes\nlr {options.lr:g} at batch {options.reference_batch} -> {lr:g} at batch "
-        f"{batch}; {options.epochs} epochs = {steps * options.epochs} steps; {where}"
+        f"{network.config.arch}: {count_parameters(network) / 1e6:.2f}M parameters, {len(run.source)} images, "
+        f"{len(run.source.classes)} classes\nlr {options.lr:g} at batch {options.reference_batch} -> {lr:g} at batch "
+        f"{run.batch}; {options.epochs} epochs = {run.total} steps; {run.precision or 'fp32'} on {run.world.device}"
         f"{describe_rates(network, options.operator_lr)}",
         flush=True,
     )
+    if run.done:
+        print(f"continuing after step {run.done}", "".join(f"\n  changed: {line}" for line in changed), flush=True)
 
 
 def evaluate_only(recipe: Recipe, device: str | None = None) -> dict[str, Any]:
     """Evaluates ``output``'s weights (or model.weights) on the validation images and writes metrics.json."""
-    world = _Processes(device)
+    world = Processes(device)
     trained = Path(recipe.output) / WEIGHTS
     path = Path(recipe.model.get("weights") or trained)
     if not path.is_file():
         raise UserError(f"no weights to evaluate: {path} does not exist. Train first, or give model.weights=FILE.")
-    network, metadata = load_trained(path, str(world.device))
-    source = open_split(recipe.data.root, recipe.data.val, VAL_NAMES, metadata["classes"])
-    batches = val_loader(recipe, source, network.config.img_size, world.device, world.rank, world.size)
-    precision = _precision(recipe.train.precision, world.device)
-    metrics = evaluate(network, batches, precision, world, metadata["classes"])
+    network, found = load_trained(path, str(world.device))
+    source = open_split(recipe.data.root, recipe.data.val, VAL_NAMES, found.classes)
+    batches = val_loader(recipe, source, network.config.img_size, world)
+    precision = autocast_type(recipe.train.precision, world.device)
+    metrics = evaluate(network, batches, precision, world, found.classes)
     metrics |= _measure(network, network.config.img_size, recipe.train.batch_size, world.device)
     if world.is_main:
-        write_json(make_folder(recipe.output) / "metrics.json", metrics)
+        write_json(make_folder(recipe.output) / METRICS, metrics)
         print(" ".join(f"{name} {value:.2f}" for name, value in _scalars(metrics).items()))
     world.close()
     return metrics
 
 
-def load_trained(path: str | Path, device: str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    """A trained classifier in eval mode and the metadata of its file: classes, mean, std.
-
-    Args:
-        path: a run's folder or its model.safetensors.
-    """
-    path = Path(path)
-    path = path / WEIGHTS if path.is_dir() else path
-    metadata = read_metadata(path)
-    if "config" not in metadata or "classes" not in metadata:
-        raise UserError(f"{path} is not a classifier trained here: its header names no config and classes.")
-    config = BackboneConfig.from_dict(metadata["config"])
-    network = create_backbone(config, weights=None)
-    load_weights(network, path, min_match=1.0, quiet=True)
-    return network.to(device).eval(), metadata
-
-
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, batches, precision: torch.dtype | None, world: "_Processes", classes: list[str]
+    network: nn.Module, batches, precision: torch.dtype | None, world: Processes, classes: list[str]
 ) -> dict[str, Any]:
     """top1 and top5 in percent and the cross-entropy over all processes' images, and top1 of each class's images.
 
     A class without images has None there.
+
+    Raises:
+        UserError: when the loss is not finite.
     """
     network.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # top-5, loss
@@ -225,6 +259,8 @@ def evaluate(
         dist.all_reduce(sums)
         dist.all_reduce(by_class)
     (top5, loss), images = sums.tolist(), by_class[1].sum().item()
+    if not math.isfinite(loss):
+        raise UserError("the network's outputs on the validation images are not finite: its weights are of no use.")
     shares = (100 * by_class[0] / by_class[1]).tolist()
     return {
         "top1": 100 * by_class[0].sum().item() / images,
@@ -238,79 +274,16 @@ def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
-def _train_epoch(
-    epoch, recipe, model, ema, optimizer, scheduler, mixup, batches, precision, world, log, monitor, skips
-) -> float:
-    """One pass over the data; returns the mean training loss."""
-    options, steps = recipe.train, len(batches)
-    start_epoch(batches, options.seed, epoch)
-    model.train()
-    total, largest = 0.0, 0.0
-    for i, (images, targets) in enumerate(_progress(batches, f"epoch {epoch + 1}", world.is_main)):
-        step = epoch * steps + i
-        scheduler.step_update(step)
-        logged = log and (step + 1) % options.log_every == 0
-        if logged and monitor:
-            monitor.watch()
-        images, targets = images.to(world.device), targets.to(world.device)
-        if mixup:
-            images, targets = mixup(images, targets)
-        with torch.autocast(world.device.type, dtype=precision, enabled=precision is not None):
-            logits = model(images)
-        loss = _loss(logits.float(), targets, recipe.augment.smoothing)
-        value = loss.item()
-        if not math.isfinite(value):
-            _stop_nonfinite(model, images, step, value)
-        optimizer.zero_grad()
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad or float("inf"))
-        largest = max(largest, grad_norm.item())
-        optimizer.step()
-        if ema:
-            ema.update(getattr(model, "module", model), step=step + 1)
-        total += value
-        if logged:
-            rate = max(group["lr"] for group in optimizer.param_groups)
-            values = {"loss": value, "lr": rate, "grad_norm": grad_norm.item(), "grad_norm_max": largest}
-            log.write(step + 1, (step + 1) / steps, "train", values | (monitor.values() if monitor else {}))
-            largest = 0.0
-    skips.check()
-    return total / steps
-
-
 def _loss(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy; mixup's soft targets are smoothed already."""
     return F.cross_entropy(logits, targets, label_smoothing=smoothing if targets.dim() == 1 else 0.0)
 
 
-def _mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
-    augment = recipe.augment
-    if not augment.mixup and not augment.cutmix:
-        return None
-    if recipe.train.batch_size % 2:
-        raise UserError(f"mixup needs an even train.batch_size, got {recipe.train.batch_size}.")
-    return Mixup(augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=num_classes)
-
-
-def _stop_nonfinite(model: nn.Module, images: Tensor, step: int, value: float) -> None:
-    module = first_nonfinite_module(model, lambda: model(images)) or "the loss"
-    raise UserError(
-        f"the loss became {value} at step {step}; the first module with a non-finite output is {module}. "
-        "Lower train.lr, set train.clip_grad=1.0, or use train.precision=fp32. The last checkpoint is kept."
+def _diverged(step: int, what: str) -> str:
+    return (
+        f"training diverged at step {step}: {what}. Lower train.lr, set train.clip_grad=1.0, or use "
+        "train.precision=fp32. The last checkpoint is kept."
     )
-
-
-def _precision(setting: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type: bfloat16 where asked for, or by default on GPUs that have it."""
-    if setting == "bf16" or (setting == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
-        return torch.bfloat16
-    return None
-
-
-def _progress(batches, title: str, shown: bool):
-    from tqdm import tqdm
-
-    return tqdm(batches, desc=title, leave=False, disable=None if shown else True)
 
 
 def _measure(network: nn.Module, size: tuple[int, int], batch_size: int, device: torch.device) -> dict[str, float]:
@@ -323,53 +296,3 @@ def _measure(network: nn.Module, size: tuple[int, int], batch_size: int, device:
         "images_per_s": images_per_second(lambda: network(images), batch_size),
         "peak_memory_mb": peak,
     }
-
-
-def _check_output(output: Path, resume: bool) -> None:
-    if resume and not (output / STATE).is_file():
-        raise UserError(f"nothing to resume: {output / STATE} does not exist. Leave out --resume to start.")
-    if not resume and (output / STATE).is_file():
-        raise UserError(f"{output} holds a run already. Continue it with --resume, or choose another output=FOLDER.")
-
-
-def _save_state(path: Path, network: nn.Module, ema: ModelEmaV3 | None, optimizer, epoch: int) -> None:
-    state = {
-        "epoch": epoch,
-        "model": network.state_dict(),
-        "ema": ema.module.state_dict() if ema else None,
-        "optimizer": optimizer.state_dict(),
-        "random": random_state(),
-    }
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
-
-
-def _load_state(path: Path, network: nn.Module, ema: ModelEmaV3 | None, optimizer) -> int:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict(state["model"])
-        if ema:
-            ema.module.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, KeyError, ValueError, EOFError, AttributeError) as error:
-        raise UserError(
-            f"{path} does not fit this recipe ({error}). Resume with the recipe the run began with."
-        ) from None
-    set_random_state(state["random"])
-    return state["epoch"]
-
-
-class _Processes:
-    """This process among those torchrun started: device, rank, number."""
-
-    def __init__(self, device: str | None):
-        chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if chosen.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"device {chosen!r} was asked for, but PyTorch sees no GPU. Use --device cpu.")
-        info = init_distributed_device_so(chosen, dist_backend=None)
-        self.device, self.rank, self.size = torch.device(info["device"]), info["global_rank"], info["world_size"]
-        self.is_main = self.rank == 0
-
-    def close(self) -> None:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()

@@ -17,6 +17,7 @@ from backbones.config import BackboneConfig
 from backbones.layer_config import AttentionConfig, FfnConfig
 from backbones.models.presets import SIZES, preset_config, resize_arch
 from backbones.training.groups import check_operator_lr
+from backbones.training.images import MAX_PIXELS
 from backbones.utils.errors import UserError, check_choice, check_keys, suggest
 
 from .backbone import backbone_config, pyramid_strides
@@ -72,6 +73,7 @@ def get_config() -> CfgNode:
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = None  # 8 × stride per level
 
     cfg.INPUT.FORMAT = "RGB"
+    cfg.INPUT.MAX_PIXELS = MAX_PIXELS  # larger images are not decoded
     cfg.INPUT.IMAGE_SIZE = 1024  # longest side, pixels
     cfg.INPUT.MIN_SIZE_TEST = None  # IMAGE_SIZE
     cfg.INPUT.MAX_SIZE_TEST = None  # IMAGE_SIZE
@@ -94,6 +96,9 @@ def get_config() -> CfgNode:
     solver.CLIP_NORM = 1.0
     solver.AMP.ENABLED = True  # bf16, on GPUs that have it
     solver.CHECKPOINT_EPOCHS = 1.0
+    solver.CHECKPOINT_MINUTES = 30.0  # also save when this long has passed; 0 = not for the time
+    solver.CHECKPOINT_STEPS = 0  # also save every so many steps; 0 = not for the count
+    solver.KEEP_EPOCHS = 0.0  # keep a checkpoint of every so many epochs beside the last; 0 = the last alone
     solver.LOG_STEPS = 20
     solver.LOG_OPERATORS = True  # scores, outputs and steps of KArAt's operators, and gradients by part
     cfg.TEST.EVAL_EPOCHS = 0.0  # 0 = after the last epoch only
@@ -248,6 +253,9 @@ def _check_ranges(cfg: CfgNode) -> None:
     for key in positive:
         if cfg.SOLVER[key] <= 0:
             raise UserError(f"SOLVER.{key} is {cfg.SOLVER[key]}; it must be more than 0.")
+    for key in ("CHECKPOINT_MINUTES", "CHECKPOINT_STEPS", "KEEP_EPOCHS"):
+        if cfg.SOLVER[key] < 0:
+            raise UserError(f"SOLVER.{key} is {cfg.SOLVER[key]}; it must be 0 or more.")
     check_operator_lr(cfg.SOLVER.OPERATOR_LR, "SOLVER.OPERATOR_LR")
     if not isinstance(cfg.INPUT.IMAGE_SIZE, int) or cfg.INPUT.IMAGE_SIZE <= 0:
         raise UserError(f"INPUT.IMAGE_SIZE is {cfg.INPUT.IMAGE_SIZE}; it must be a number of pixels, such as 1024.")

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import sha1
+from hashlib import sha1, sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class CocoSummary:
     annotations: int
     categories: tuple[tuple[int, str], ...]  # (id, name), by id
     has_rle: bool  # among the annotations that are not crowds
+    digest: str  # of the JSON file
 
     @property
     def classes(self) -> list[str]:
@@ -73,7 +74,8 @@ def _register(split: str, json_file: str, images: str, masks: bool) -> CocoSumma
     if name not in DatasetCatalog.list():
         DatasetCatalog.register(name, lambda: load_coco_json(str(json_file), str(images), name))
         MetadataCatalog.get(name).set(json_file=str(json_file), image_root=str(images), evaluator_type="coco")
-    return CocoSummary(name, str(json_file), **summary)
+    digest = sha256(Path(json_file).read_bytes()).hexdigest()
+    return CocoSummary(name, str(json_file), digest=digest, **summary)
 
 
 def check_coco(dataset: Any, json_file: str, masks: bool) -> dict[str, Any]:

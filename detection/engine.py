@@ -1,62 +1,34 @@
 """The detection run, top to bottom: data, model, optimizer, the loop, evaluation, what is written."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from backbones.training.folder import BEST, METRICS, WEIGHTS, claimed, keep
 from backbones.training.monitor import OperatorMonitor
 from backbones.training.nonfinite import first_nonfinite, first_nonfinite_module
-from backbones.training.rng import seed_everything, set_random_state
-from backbones.training.skips import SkipCounter
+from backbones.training.processes import agree, autocast_type, naming_lost_ranks
+from backbones.training.state import save_model
+from backbones.training.stopping import Pace, resume_command
 from backbones.utils.errors import UserError
 from backbones.utils.files import make_folder, read_json, write_json
 
 from .backbone import find_trunk
 from .config import load_config
-from .datasets import CocoSummary, check_same_classes, register_datasets
+from .datasets import check_same_classes, register_datasets
 from .evaluation import evaluate, measure_cost, predict
 from .journal import Clock, Journal
-from .loader import training_loader, training_records
-from .solver import Schedule, make_optimizer, make_schedule
-from .state import (
-    CHECKPOINT,
-    WEIGHTS,
-    load_checkpoint,
-    load_detector,
-    load_trained,
-    save_checkpoint,
-    save_model,
-)
+from .run import Run, prepare
+from .state import header, load_detector, load_trained
 
 __all__ = ["evaluate_run", "load_config", "load_trained", "predict", "train"]
-
-
-@dataclass
-class Run:
-    """The parts of a training run, ready for the step ``start``."""
-
-    cfg: CfgNode
-    folder: Path
-    training_set: CocoSummary
-    test_set: CocoSummary
-    model: nn.Module
-    network: nn.Module  # the model, wrapped when there are several processes
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    loader: DataLoader
-    skips: SkipCounter
-    start: int
-    saved: dict[str, Any] | None  # the checkpoint that it continues from
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
@@ -66,106 +38,121 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         cfg: from ``load_config``; OUTPUT_DIR takes model.safetensors, checkpoint.pth, metrics.jsonl, TensorBoard
             events, run.json and metrics.json.
         resume: continue from OUTPUT_DIR's checkpoint.
+
+    Raises:
+        UserError: for data, settings or weights that do not fit, a folder that holds another run, a non-finite loss.
+        SystemExit: after SIGTERM or SIGINT, when the step is done and saved.
     """
-    run = prepare(cfg, resume)
-    schedule = run.schedule
-    journal = Journal(run) if comm.is_main_process() else None
+    with (
+        claimed(cfg.OUTPUT_DIR, resume, "OUTPUT_DIR", comm.is_main_process()),
+        naming_lost_ranks(resume_command()),
+    ):
+        run = prepare(cfg, resume)
+        changed, tally = run.load() if resume else ([], {})
+        journal = Journal(run, changed, tally) if run.is_main else None
+        with closing(journal) if journal else nullcontext():
+            return _train(run, journal, Clock(tally.get("speed", [])))
+
+
+def _train(run: Run, journal: Journal | None, clock: Clock) -> dict[str, Any]:
+    """The loop, from where the run stands."""
+    cfg, schedule = run.cfg, run.schedule
     _, trunk = find_trunk(run.model)
     monitor = OperatorMonitor(run.model, trunk, run.optimizer) if journal and cfg.SOLVER.LOG_OPERATORS else None
-    clock = Clock(run.saved["extra"]["speed"] if run.saved else [])
-    batches = iter(run.loader)
+    batches = iter(run.batches())
     run.network.train()
-    if run.saved:
-        set_random_state(run.saved["random"])
-
     figures: dict[str, Any] = {}
-    with EventStorage(run.start):
-        for step in range(run.start, schedule.total_steps):
-            lr = schedule.lr(step)
-            done = step + 1
-            last = done == schedule.total_steps
-            logged = done % cfg.SOLVER.LOG_STEPS == 0 or last
+    with EventStorage(run.done), Pace(cfg.SOLVER.CHECKPOINT_MINUTES, cfg.SOLVER.CHECKPOINT_STEPS) as pace:
+        if _evaluation_is_due(run) and not agree(int(journal is not None and journal.log.has("val", run.done)))[0]:
+            figures = _evaluate(run, journal)  # the run stopped between the checkpoint and this
+            clock.restart()
+        while run.done < run.total:
+            try:
+                batch = next(batches)
+            except RuntimeError:
+                if not pace.signal:  # a signal to the whole group of processes ends the workers too
+                    raise
+                _save(run, journal, clock, pace)
+            lr, logged = schedule.lr(run.done), _is_logged(run)
             if logged and monitor:
                 monitor.watch()
-            losses, grad_norm = train_step(run, next(batches), lr, step)
-
+            losses, grad_norm = train_step(run, batch, lr)
+            run.done += 1
             clock.tick()
             if journal:
                 journal.add(losses, grad_norm)
             if logged:
                 clock.close_stretch()
                 if journal:
-                    journal.train(done, {"lr": lr} | (monitor.values() if monitor else {}), clock)
-            if last or (schedule.eval_steps and done % schedule.eval_steps == 0):
-                figures = evaluate(cfg, run.model, run.test_set.name)
-                run.network.train()
-                if journal:
-                    journal.val(done, figures)
+                    journal.train(run.done, {"lr": lr} | (monitor.values() if monitor else {}), clock)
+            evaluated = _evaluation_is_due(run)
+            if pace.after_step(run.done) or evaluated or run.done % schedule.checkpoint_steps == 0:
+                _save(run, journal, clock, pace)
+            if evaluated:
+                figures = _evaluate(run, journal)
                 clock.restart()
-            if comm.is_main_process() and (last or done % schedule.checkpoint_steps == 0):
-                save_checkpoint(run.folder, done, run.model, run.optimizer, cfg, {"speed": clock.speed})
-                clock.restart()
+    figures = figures or evaluate(cfg, run.model, run.test_set.name)
+    return _finish(run, figures, clock) if run.is_main else {}
 
-    if run.start == schedule.total_steps:
-        figures = evaluate(cfg, run.model, run.test_set.name)
-    if not journal:
-        return {}
-    journal.close()
-    save_model(run.folder, run.model, cfg, run.training_set.categories)
-    figures |= measure_cost(cfg, run.model, run.test_set.name)
-    figures["train_images_per_s"] = round(schedule.batch_size / clock.seconds_per_step, 2)
-    figures["skipped_images"] = run.skips.count
-    write_json(run.folder / "metrics.json", figures)
+
+def _is_logged(run: Run) -> bool:
+    """Whether the step that comes now gets a line in the log."""
+    return (run.done + 1) % run.cfg.SOLVER.LOG_STEPS == 0 or run.done + 1 == run.total
+
+
+def _evaluation_is_due(run: Run) -> bool:
+    every = run.schedule.eval_steps
+    return run.done == run.total or bool(run.done and every and run.done % every == 0)
+
+
+def _evaluate(run: Run, journal: Journal | None) -> dict[str, Any]:
+    """Evaluates, tells, and keeps the weights when they are the best so far."""
+    figures = evaluate(run.cfg, run.model, run.test_set.name)
+    run.network.train()
+    if journal:
+        best = max(journal.log.values("val", "box_ap"), default=-1.0)
+        journal.val(run.done, figures)
+        if figures["box_ap"] > best:
+            _save_model(run, BEST)
     return figures
 
 
-def prepare(cfg: CfgNode, resume: bool) -> Run:
-    """Checks the data and builds everything a run needs, at its first step or at its checkpoint."""
-    world = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % world:
-        raise UserError(f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not divisible by {world} processes.")
-    folder = Path(cfg.OUTPUT_DIR)
-    _check_output(folder, resume)
-    training_set, test_set = register_datasets(cfg)
-    records = training_records(training_set.name, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    schedule = make_schedule(cfg, len(records))
-    make_folder(folder)
-    if resume:
-        cfg.MODEL.VIT.weights, cfg.MODEL.WEIGHTS = None, ""
-
-    seed_everything(cfg.SEED, comm.get_rank())
-    model = build_model(cfg)
-    if cfg.MODEL.WEIGHTS:
-        load_detector(model, cfg.MODEL.WEIGHTS, strict=False)
-    optimizer = make_optimizer(cfg, model)
-    saved = load_checkpoint(folder, model, optimizer, cfg) if resume else None
-    start = saved["step"] if saved else 0
-    loader, skips = training_loader(cfg, records, start, schedule.total_steps)
-    # A model on the CPU must name no device to DistributedDataParallel.
-    devices = {"device_ids": None} if cfg.MODEL.DEVICE == "cpu" else {}
-    network = create_ddp_model(model, broadcast_buffers=False, **devices)
-    return Run(cfg, folder, training_set, test_set, model, network, optimizer, schedule, loader, skips, start, saved)
+def _save(run: Run, journal: Journal | None, clock: Clock, pace: Pace) -> None:
+    """Writes the checkpoint, keeps every k-th, and ends the program when a signal asked for it."""
+    run.save({"speed": clock.speed, **(journal.tally() if journal else {})})
+    pace.saved()
+    clock.restart()
+    every = run.schedule.keep_steps
+    if run.is_main and every and run.done % every == 0:
+        keep(run.folder, run.done)
+    if pace.signal:
+        pace.stop(run.done)
 
 
-def _check_output(folder: Path, resume: bool) -> None:
-    exists = (folder / CHECKPOINT).is_file()
-    if resume and not exists:
-        raise UserError(f"nothing to resume: {folder / CHECKPOINT} does not exist. Leave out --resume to start.")
-    if exists and not resume:
-        raise UserError(f"{folder} holds a run already. Continue it with --resume, or choose another OUTPUT_DIR.")
+def _save_model(run: Run, name: str) -> None:
+    save_model(run.folder / name, run.model.state_dict(), header(run.cfg, run.model, run.training_set.categories))
 
 
-def train_step(run: Run, batch: list[dict[str, Any]], lr: float, step: int) -> tuple[dict[str, Tensor], Tensor]:
+def _finish(run: Run, figures: dict[str, Any], clock: Clock) -> dict[str, Any]:
+    _save_model(run, WEIGHTS)
+    figures |= measure_cost(run.cfg, run.model, run.test_set.name)
+    figures["train_images_per_s"] = round(run.schedule.batch_size / clock.seconds_per_step, 2)
+    figures["skipped_images"] = run.skips.count
+    write_json(run.folder / METRICS, figures)
+    return figures
+
+
+def train_step(run: Run, batch: list[dict[str, Any]], lr: float) -> tuple[dict[str, Tensor], Tensor]:
     """One update; returns the losses and the norm of the gradient before clipping."""
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    losses = _losses(run.cfg, run.network, batch, step)
+    losses = _losses(run.cfg, run.network, batch, run.done)
     run.optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.cfg.SOLVER.CLIP_NORM or float("inf"))
     if not torch.isfinite(grad_norm):
         where = first_nonfinite((name, p.grad) for name, p in run.model.named_parameters())
-        raise UserError(_diverged(step, f"the gradient of {where} is not finite", batch))
+        raise UserError(_diverged(run.done, f"the gradient of {where} is not finite", batch))
     run.optimizer.step()
     return losses, grad_norm
 
@@ -185,9 +172,8 @@ def _losses(cfg: CfgNode, network: nn.Module, batch: list[dict[str, Any]], step:
 
 
 def _precision(cfg: CfgNode) -> Any:
-    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", dtype=torch.bfloat16)
-    return nullcontext()
+    kind = autocast_type("auto" if cfg.SOLVER.AMP.ENABLED else "fp32", cfg.MODEL.DEVICE)
+    return torch.autocast(torch.device(cfg.MODEL.DEVICE).type, dtype=kind) if kind else nullcontext()
 
 
 def _diverged(step: int, what: str, batch: list[dict[str, Any]]) -> str:
@@ -218,7 +204,7 @@ def evaluate_run(cfg: CfgNode) -> dict[str, Any]:
     if not comm.is_main_process():
         return {}
     figures |= measure_cost(cfg, model, test_set.name)
-    path = make_folder(folder) / "metrics.json"
+    path = make_folder(folder) / METRICS
     before = read_json(path, "metrics") if own and path.is_file() else {}
     write_json(path, {**before, **figures})
     return figures

@@ -1,18 +1,17 @@
 """What a run tells while it trains: lines on the terminal, metrics.jsonl and TensorBoard, run.json, its speed."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from backbones.training.groups import describe_rates
 from backbones.training.log import MetricsLog, write_provenance
 
 from .backbone import find_trunk
-from .state import CHECKPOINT, config_values
-
-if TYPE_CHECKING:
-    from .engine import Run
+from .run import Run
+from .state import config_values
 
 
 class Clock:
@@ -39,21 +38,31 @@ class Clock:
 
 
 class Journal:
-    """Writes a run's folder while it trains; the main process holds it."""
+    """The log of a run, held by the main process.
 
-    def __init__(self, run: "Run"):
+    Args:
+        run: at the step that it begins or continues with.
+        changed: settings that differ from the checkpoint's and may.
+        tally: what ``tally`` returned when the checkpoint was written.
+    """
+
+    def __init__(self, run: Run, changed: list[str], tally: dict[str, Any]):
         self.schedule = run.schedule
-        self._steps = 0  # since the last line of the log
-        self._sums: dict[str, Tensor | float] = {}
-        self._norms: list[Tensor] = []
-        # Of an earlier run; this one writes its own when it is done.
-        (run.folder / "metrics.json").unlink(missing_ok=True)
-        self.log = MetricsLog(run.folder, resume_step=run.start if run.saved else None)
+        self._steps: int = tally.get("steps", 0)  # since the last line of the log
+        self._sums: dict[str, Tensor | float] = {n: torch.tensor(v) for n, v in tally.get("sums", {}).items()}
+        self._norms = [torch.tensor(norm) for norm in tally.get("norms", [])]
+        self.log = MetricsLog(run.folder, resume_step=run.done or None)
         write_provenance(run.folder, config_values(run.cfg), run.cfg.SEED, _protocol(run))
         rates = describe_rates(find_trunk(run.model)[1], run.cfg.SOLVER.OPERATOR_LR)
         print(f"{run.cfg.MODEL.VIT.arch}: {run.schedule}{rates}", flush=True)
-        if run.saved:
-            print(f"continuing from step {run.start} of {run.folder / CHECKPOINT}", flush=True)
+        if run.done:
+            lines = "".join(f"\n  changed: {line}" for line in changed)
+            print(f"continuing after step {run.done} of {run.folder}{lines}", flush=True)
+
+    def tally(self) -> dict[str, Any]:
+        """What was counted since the last line of the log, as plain values."""
+        sums = {name: float(total) for name, total in self._sums.items()}
+        return {"steps": self._steps, "sums": sums, "norms": [float(norm) for norm in self._norms]}
 
     def add(self, losses: dict[str, Tensor], grad_norm: Tensor) -> None:
         """Counts a step's losses into the mean that the next line of the log shows, and the gradient's norm."""
@@ -85,7 +94,7 @@ class Journal:
         self.log.close()
 
 
-def _protocol(run: "Run") -> dict[str, Any]:
+def _protocol(run: Run) -> dict[str, Any]:
     sets = {"train": run.training_set, "test": run.test_set}
     described = {
         name: {"json": s.json_file, "images": s.images, "annotations": s.annotations, "classes": s.classes}

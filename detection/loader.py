@@ -4,6 +4,7 @@ The sample at a position of the stream, with its augmentation, depends on the se
 number of workers, and not on what came before. That is what makes a resumed run equal to one that never stopped.
 """
 
+import copy
 from functools import lru_cache
 from typing import Any
 
@@ -13,15 +14,49 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.data.common import DatasetFromList
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data.detection_utils import (
+    SizeMismatchError,
+    _apply_exif_orientation,
+    check_image_size,
+    convert_PIL_to_numpy,
+)
 from detectron2.utils import comm
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from backbones.training.images import UnreadableImageError, read_image
 from backbones.training.rng import sample_seed
 from backbones.training.skips import SkipCounter
 from backbones.utils.errors import UserError
 
-UNREADABLE = (OSError, SyntaxError)  # what PIL raises for files that are cut short or no image
+
+class Mapper(DatasetMapper):
+    """Detectron2's mapper, of images and instances alone, on this project's reader of images."""
+
+    def __init__(self, cfg: CfgNode, **options: Any):
+        super().__init__(image_format=cfg.INPUT.FORMAT, **options)
+        self.max_pixels = cfg.INPUT.MAX_PIXELS
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record with ``image`` (C, H, W) and, in training, ``instances``.
+
+        Raises:
+            UnreadableImageError: when the file cannot be decoded.
+        """
+        record = copy.deepcopy(record)
+        image = read_image(record["file_name"], self._decode, self.max_pixels, "INPUT.MAX_PIXELS")
+        check_image_size(record, image)
+        inputs = T.AugInput(image)
+        transforms = self.augmentations(inputs)
+        record["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            self._transform_annotations(record, transforms, inputs.image.shape[:2])
+        return record
+
+    def _decode(self, image: Image.Image) -> np.ndarray:
+        return convert_PIL_to_numpy(_apply_exif_orientation(image), self.image_format)
 
 
 def training_mapper(cfg: CfgNode) -> DatasetMapper:
@@ -34,10 +69,10 @@ def training_mapper(cfg: CfgNode) -> DatasetMapper:
     if cfg.INPUT.RANDOM_FLIP != "none":
         vertical = cfg.INPUT.RANDOM_FLIP == "vertical"
         augmentations.insert(0, T.RandomFlip(horizontal=not vertical, vertical=vertical))
-    return DatasetMapper(
+    return Mapper(
+        cfg,
         is_train=True,
         augmentations=augmentations,
-        image_format=cfg.INPUT.FORMAT,
         use_instance_mask=cfg.MODEL.MASK_ON,
         instance_mask_format=cfg.INPUT.MASK_FORMAT,
         recompute_boxes=cfg.MODEL.MASK_ON,  # a crop cuts boxes; what is left of the mask gives the tight one
@@ -47,7 +82,7 @@ def training_mapper(cfg: CfgNode) -> DatasetMapper:
 def inference_mapper(cfg: CfgNode) -> DatasetMapper:
     """Shortest side to MIN_SIZE_TEST, longest at most MAX_SIZE_TEST."""
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    return DatasetMapper(is_train=False, augmentations=[resize], image_format=cfg.INPUT.FORMAT)
+    return Mapper(cfg, is_train=False, augmentations=[resize])
 
 
 class TrainingStream(Dataset):
@@ -77,7 +112,7 @@ class TrainingStream(Dataset):
                     return self.mapper(record)
             except SizeMismatchError as error:
                 raise UserError(f"{error} Repair the JSON.") from None
-            except UNREADABLE as error:
+            except UnreadableImageError as error:
                 self.skips.skip(index, record["file_name"], error)
         raise UserError("no training image could be read.")
 
@@ -88,14 +123,13 @@ def _shuffle(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def training_loader(
-    cfg: CfgNode, records: list[dict[str, Any]], start_step: int, total_steps: int
-) -> tuple[DataLoader, SkipCounter]:
+    cfg: CfgNode, records: list[dict[str, Any]], skips: SkipCounter, start_step: int, total_steps: int
+) -> DataLoader:
     """Batches from ``start_step`` on, this process's share of each, as lists of Detectron2 inputs."""
-    skips = SkipCounter(len(records))
     stream = TrainingStream(records, training_mapper(cfg), cfg.SEED, skips)
     batch, world, rank = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), comm.get_rank()
     positions = range(start_step * batch + rank, total_steps * batch, world)
-    loader = DataLoader(
+    return DataLoader(
         stream,
         batch_size=batch // world,
         sampler=positions,
@@ -103,7 +137,6 @@ def training_loader(
         collate_fn=_as_list,
         generator=torch.Generator(),  # its own, so that starting workers draws nothing from the run's
     )
-    return loader, skips
 
 
 def training_records(dataset: str, filter_empty: bool = True) -> list[dict[str, Any]]:
@@ -129,7 +162,7 @@ class ReadableMapper:
             return self.mapper(record)
         except SizeMismatchError as error:
             raise UserError(f"{error} Repair the JSON.") from None
-        except UNREADABLE as error:
+        except UnreadableImageError as error:
             name = record["file_name"]
             raise UserError(f"cannot read image {name} ({error}). Replace it, or remove it from the JSON.") from None
 

@@ -25,6 +25,7 @@ class Schedule:
     base_lr: float
     total_steps: int
     checkpoint_steps: int
+    keep_steps: int  # 0 = the last checkpoint alone
     eval_steps: int  # 0 = at the end only
     factor: Callable[[float], float]  # of base_lr, over progress 0..1
 
@@ -59,6 +60,7 @@ def make_schedule(cfg: CfgNode, images: int) -> Schedule:
         base_lr=solver.REFERENCE_LR * batch / solver.REFERENCE_BATCH,
         total_steps=total,
         checkpoint_steps=max(1, round(solver.CHECKPOINT_EPOCHS * images / batch)),
+        keep_steps=round(solver.KEEP_EPOCHS * images / batch),
         eval_steps=round(cfg.TEST.EVAL_EPOCHS * images / batch),
         factor=WarmupParamScheduler(after, solver.WARMUP_FACTOR, warmup) if warmup else after,
     )

@@ -1,5 +1,6 @@
-"""What a detector leaves on disk: weights with their config, and the state that a run continues from."""
+"""A trained detector on disk: its weights, and the header that it is built from."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +10,15 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from backbones.checkpoint import closed_gates, read_metadata
-from backbones.training.rng import random_state
+from backbones.checkpoint import closed_gates
+from backbones.training.folder import WEIGHTS
+from backbones.training.state import Header, check_finite, load_model, read_header
 from backbones.utils.errors import UserError
-from backbones.utils.files import atomic_path, save_weights
 
 from .backbone import find_trunk
 from .config import get_config, merge, resolve
 
-WEIGHTS, CHECKPOINT = "model.safetensors", "checkpoint.pth"
-# Keys that may differ between a run and its continuation.
-_FREE_KEYS = (
-    "OUTPUT_DIR",
-    "DATASETS",
-    "DATALOADER",
-    "MODEL.DEVICE",
-    "MODEL.VIT.weights",
-    "MODEL.WEIGHTS",
-    "SOLVER.LOG_STEPS",
-    "SOLVER.LOG_OPERATORS",
-)
+TASK = "detection"
 
 
 def config_values(cfg: CfgNode) -> dict[str, Any]:
@@ -36,11 +26,18 @@ def config_values(cfg: CfgNode) -> dict[str, Any]:
     return yaml.safe_load(cfg.dump())
 
 
-def save_model(folder: Path, model: nn.Module, cfg: CfgNode, categories: tuple[tuple[int, str], ...]) -> None:
-    """Writes model.safetensors, which ``load_trained`` needs nothing else to build."""
-    metadata = {"detection_config": config_values(cfg), "categories": categories}
-    metadata["backbone_config"] = find_trunk(model)[1].config.to_dict()
-    save_weights(folder / WEIGHTS, model.state_dict(), metadata)
+def header(cfg: CfgNode, model: nn.Module, categories: Sequence[tuple[int, str]]) -> Header:
+    """How a trained detector describes itself."""
+    transform = {
+        "mean": [value / 255 for value in cfg.MODEL.PIXEL_MEAN],
+        "std": [value / 255 for value in cfg.MODEL.PIXEL_STD],
+        "size": [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST],  # of the shortest side, at most of the longest
+        "interpolation": "bilinear",
+        "channels": cfg.INPUT.FORMAT,
+    }
+    ids, names = zip(*categories, strict=True)
+    backbone = find_trunk(model)[1].config.to_dict()
+    return Header(TASK, backbone, config_values(cfg), list(names), transform, {"category_ids": list(ids)})
 
 
 def load_trained(run: str | Path, device: str | None = None) -> tuple[nn.Module, CfgNode, list[tuple[int, str]]]:
@@ -53,17 +50,19 @@ def load_trained(run: str | Path, device: str | None = None) -> tuple[nn.Module,
         The model in eval mode, its config, and its categories as (id, name).
     """
     path = Path(run) / WEIGHTS if Path(run).is_dir() else Path(run)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist. Train first, or give the folder of a finished run.")
-    metadata = read_metadata(path)
-    if "detection_config" not in metadata:
+    found = read_header(path, TASK)
+    if isinstance(found, Header):
+        settings, categories = found.settings, zip(found.extra["category_ids"], found.classes, strict=True)
+    elif "detection_config" in found:  # from before headers were one
+        settings, categories = found["detection_config"], found["categories"]
+    else:
         raise UserError(f"{path} holds no detector of this project (its header has no config). Give another file.")
     cfg = get_config()
-    merge(cfg, metadata["detection_config"], str(path))
+    merge(cfg, settings, str(path))
     cfg.MODEL.VIT.weights, cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = None, "", device
     model = build_model(resolve(cfg))
     load_detector(model, path)
-    return model.eval(), cfg, [(int(i), name) for i, name in metadata["categories"]]
+    return model.eval(), cfg, [(int(i), name) for i, name in categories]
 
 
 def load_detector(model: nn.Module, path: str | Path, strict: bool = True) -> None:
@@ -92,60 +91,14 @@ def load_detector(model: nn.Module, path: str | Path, strict: bool = True) -> No
 def _read(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"MODEL.WEIGHTS: {path} does not exist. Check the path.")
+    if path.suffix == ".safetensors":
+        return load_model(path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read {path} ({first}). Give safetensors, or a .pth with tensors only.") from None
+    except Exception as error:  # torch's reader raises errors of many kinds, with advice that is dangerous
+        kind = type(error).__name__
+        raise UserError(f"cannot read {path} ({kind}). Give safetensors, or a .pth with tensors only.") from None
     state = state.get("model", state) if isinstance(state, dict) else {}
-    return {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
-
-
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: Any, cfg: CfgNode, extra: dict) -> None:
-    """Writes all that the next step depends on, whole or not at all; holds tensors and plain values only."""
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "config": cfg.dump(),
-        "extra": extra,
-        "random": random_state(),
-    }
-    with atomic_path(folder / CHECKPOINT) as temporary:
-        torch.save(state, temporary)
-
-
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Any, cfg: CfgNode) -> dict[str, Any]:
-    """Restores model and optimizer; returns the checkpoint: ``step``, ``extra``, and ``random``."""
-    path = folder / CHECKPOINT
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"cannot read {path} ({error}). Remove it to start over without --resume.") from None
-    _check_same_config(yaml.safe_load(state["config"]), config_values(cfg), path)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state
-
-
-def _check_same_config(saved: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    old, new = _flat(saved), _flat(now)
-    changed = [k for k in {**old, **new} if old.get(k) != new.get(k) and not k.startswith(_FREE_KEYS)]
-    if changed:
-        key = changed[0]
-        raise UserError(
-            f"{path} was written with {key} {old.get(key)!r}; this run has {new.get(key)!r}"
-            + (f" (and {len(changed) - 1} more differences)" if len(changed) > 1 else "")
-            + ". Continue with the same settings, or start over without --resume."
-        )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    tensors = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
+    check_finite(tensors, str(path))
+    return tensors

@@ -52,6 +52,18 @@ class MetricsLog:
             self._file.write(json.dumps(row) + "\n")
             self._events.add_scalar(f"{split}/{name}", value, step)
 
+    def values(self, split: str, name: str) -> list[float]:
+        """All that was written of one figure, this run's earlier parts included."""
+        return [row["value"] for row in self._rows() if (row["split"], row["name"]) == (split, name)]
+
+    def has(self, split: str, step: int) -> bool:
+        """Whether a step has a row of ``split``."""
+        return any((row["split"], row["step"]) == (split, step) for row in self._rows())
+
+    def _rows(self) -> list[dict[str, Any]]:
+        self._file.flush()
+        return read_metrics(self.folder / "metrics.jsonl")
+
     def close(self) -> None:
         self._file.close()
         self._events.close()
@@ -70,12 +82,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def write_provenance(folder: str | Path, config: Any, seed: int | None, protocol: dict[str, Any]) -> None:
     """Writes run.json: the resolved config, seed, data protocol, versions, git commit, command and machine."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     write_json(
         Path(folder) / "run.json",
         {
@@ -84,10 +90,21 @@ def write_provenance(folder: str | Path, config: Any, seed: int | None, protocol
             "seed": seed,
             "data_protocol": protocol,
             "git_commit": git_commit(),
-            "versions": {"python": platform.python_version(), **versions},
+            "versions": versions(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
         },
     )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def git_commit() -> str | None:

@@ -35,6 +35,16 @@ class SkipCounter:
         """The number of distinct unreadable images so far."""
         return sum(self._flags)
 
+    @property
+    def marked(self) -> list[int]:
+        """The images that could not be read."""
+        return [index for index, flag in enumerate(self._flags) if flag]
+
+    def mark(self, images: list[int]) -> None:
+        """Counts images that an earlier part of the run could not read."""
+        for index in images:
+            self._flags[index] = 1
+
     def check(self, example: str = "named above") -> None:
         """Raises UserError when more than ``limit`` of the images (and more than one) were unreadable."""
         allowed = max(1, math.floor(self.limit * self.total))

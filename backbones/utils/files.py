@@ -11,8 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from . import digest
 from .documents import read_json  # noqa: F401 - beside write_json, for its users
 from .errors import UserError
+
+FORMAT = 2  # of checkpoints and weights: with one header, and with a digest that must be there
 
 
 @contextmanager
@@ -27,13 +30,27 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
+        _to_disk(temporary)
         temporary.replace(path)
+        _to_disk(path.parent)
     except Exception as error:
         if _disk_is_full(error, path.parent):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, would survive the machine's death."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems without it, for folders
+            raise
+    finally:
+        os.close(file)
 
 
 def _disk_is_full(error: Exception, folder: Path) -> bool:
@@ -65,10 +82,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def save_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
-    """Writes tensors as safetensors, with ``metadata`` (JSON values) in the header."""
+    """Writes tensors as safetensors, with ``metadata`` (JSON values), the format and a digest in the header."""
     from safetensors.torch import save_file
 
     tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
-    header = {key: json.dumps(value, default=str) for key, value in (metadata or {}).items()}
+    metadata = {**(metadata or {}), "karvis_format": FORMAT}
+    header = {key: json.dumps(value, default=str) for key, value in metadata.items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=header)
+        save_file(tensors, temporary, metadata={**header, digest.KEY: "0" * 64})
+        digest.seal_weights(temporary)

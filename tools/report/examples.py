@@ -87,15 +87,15 @@ def example_sections(jobs: list[Any], data: Any) -> list[Section]:
 def _classification(jobs: list[Any], data: Any, more: str, count: int = 8) -> Section:
     """The true class of each image and what every row calls it."""
     from classification.data import VAL_NAMES, open_split
-    from classification.engine import load_trained
+    from classification.state import load_trained
 
     networks = {job.row: load_trained(job.folder) for job in jobs}
-    classes = next(iter(networks.values()))[1]["classes"]
+    classes = next(iter(networks.values()))[1].classes
     source = open_split(data.classification["root"], "", VAL_NAMES, classes)
     examples = []
     for index in _spread(len(source), count):
         image, target = source.load(index)
-        guesses = {row: meta["classes"][_guess(network, meta, image)] for row, (network, meta) in networks.items()}
+        guesses = {row: meta.classes[_guess(network, meta, image)] for row, (network, meta) in networks.items()}
         lines = [f"{'✓' if guess == classes[target] else '✗'} {row}: {guess}" for row, guess in guesses.items()]
         examples.append(Example(classes[target], [Panel(classes[target], _at_width(image), lines)]))
     note = f"Validation images under their true class, and what each row calls them.{more}"
@@ -103,9 +103,11 @@ def _classification(jobs: list[Any], data: Any, more: str, count: int = 8) -> Se
 
 
 @torch.no_grad()
-def _guess(network: torch.nn.Module, meta: dict[str, Any], image: Image.Image) -> int:
+def _guess(network: torch.nn.Module, header: Any, image: Image.Image) -> int:
     pixels = np.asarray(image.resize(network.config.img_size[::-1], Image.Resampling.BICUBIC), np.float32) / 255
-    x = torch.from_numpy((pixels - np.float32(meta["mean"])) / np.float32(meta["std"])).permute(2, 0, 1)
+    x = torch.from_numpy((pixels - np.float32(header.transform["mean"])) / np.float32(header.transform["std"])).permute(
+        2, 0, 1
+    )
     return int(network(x[None]).argmax())
 
 
@@ -203,7 +205,7 @@ def _segmentation(jobs: list[Any], data: Any, more: str, count: int = 4) -> Sect
     images = [next((root / "images" / "validation").glob(f"{path.stem}.*")) for path in paths]
     maps = {"truth": [np.asarray(Image.open(path)) for path in paths]}
     maps |= {job.row: predict(job.folder, images) for job in jobs}
-    names = load_description(jobs[0].folder / WEIGHTS)[1]["classes"]
+    names = load_description(jobs[0].folder / WEIGHTS)[1].classes
     examples = [
         Example(
             f"Validation image {image.name}",

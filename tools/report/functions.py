@@ -55,7 +55,7 @@ def learned_functions(panels: list[Panel]) -> bytes | None:
 
 
 def _panels_of(job: Any) -> list[Panel]:
-    from classification.engine import load_trained
+    from classification.state import load_trained
 
     network, _ = load_trained(job.folder)
     rationals = {name: module for name, module in network.named_modules() if isinstance(module, GRKAN)}

@@ -60,7 +60,7 @@ def operator_table(jobs: Iterable[Any], at_most: int = MOST_ROWS) -> list[Operat
 
 
 def _lines_of(job: Any) -> list[OperatorLine]:
-    from classification.engine import load_trained
+    from classification.state import load_trained
 
     logged = _logged(job.folder / "metrics.jsonl")
     if not logged:
