@@ -12,6 +12,7 @@ from mmseg.utils import register_all_modules
 from backbones.config import BackboneConfig
 from backbones.models.presets import SIZES, preset_config, resize_arch
 from backbones.training.groups import DERIVED, check_operator_lr
+from backbones.training.images import MAX_PIXELS
 from backbones.utils.errors import UserError, check_choice, check_keys
 
 from .datasets import class_metainfo, class_weights
@@ -107,6 +108,8 @@ def derive(cfg: Config) -> None:
         loader.dataset.seed = cfg.randomness.seed
         loader.persistent_workers = loader.persistent_workers and loader.num_workers > 0
         for step in loader.dataset.pipeline:
+            if step.type in ("LoadCheckedImage", "LoadCheckedAnnotations"):
+                step.setdefault("max_pixels", cfg.get("max_pixels", MAX_PIXELS))
             if step.type in ("RandomResize", "Resize"):
                 step.setdefault("scale", (4 * cfg.crop_size, cfg.crop_size))
             if step.type == "RandomCrop":

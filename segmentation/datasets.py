@@ -8,12 +8,13 @@ from mmengine.dataset import InfiniteSampler
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from mmseg.registry import DATA_SAMPLERS, DATASETS
 
+from backbones.training.images import UnreadableImageError
 from backbones.training.rng import seed_everything
 from backbones.training.skips import SkipCounter
 from backbones.utils.errors import UserError
 from backbones.utils.files import read_json
 
-from .transforms import IGNORE, MAX_CLASSES, UnreadableImageError, read_mask
+from .transforms import IGNORE, MAX_CLASSES, read_mask
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 MASKS_CHECKED_AT_START = 20

@@ -1,5 +1,6 @@
 """Checks of single values that a user gives, each naming the setting, what came and what is allowed."""
 
+import math
 from typing import Any
 
 from .errors import UserError
@@ -31,3 +32,11 @@ def check_bool(name: str, value: Any) -> None:
     """Raises UserError naming ``value`` unless it is a bool."""
     if not isinstance(value, bool):
         raise UserError(f"{name} is {value!r}; it must be true or false.")
+
+
+def finite(value: Any) -> float:
+    """``value`` as a float; raises ValueError for NaN and infinity as for what is no number."""
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError("not finite")
+    return number

@@ -10,6 +10,7 @@ default_scope = "mmseg"
 
 data_root = "data/ade/ADEChallengeData2016"
 crop_size = 512
+max_pixels = 2**28  # larger images and masks are not decoded
 # The published schedule, 160,000 iterations of 16 of 20,210 images; a warm-up of 1,500. lr is for reference_batch_size
 # and scales linearly with the batch. max_iters, when set, goes before epochs.
 schedule = dict(epochs=126.7, warmup_epochs=1.19, val_epochs=12.67, reference_batch_size=16, max_iters=None)
