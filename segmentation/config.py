@@ -143,10 +143,11 @@ def backbone_config(cfg: Config) -> BackboneConfig:
     return config
 
 
-def plan_training(cfg: Config) -> dict[str, float]:
+def plan_training(cfg: Config) -> tuple[dict[str, float], dict[str, Any]]:
     """Fills in what depends on the training data: iterations for the batch at hand, learning rate, class weights.
 
-    Returns the derived numbers, for the log.
+    Returns:
+        The derived numbers, for the log, and what the data are: classes, images and a digest of their names.
     """
     schedule = cfg.schedule
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
@@ -163,11 +164,11 @@ def plan_training(cfg: Config) -> dict[str, float]:
             head.loss_decode.class_weight = weights
 
     cfg.train_cfg.update(max_iters=iterations, val_interval=interval)
-    cfg.default_hooks.checkpoint.interval = interval
+    cfg.default_hooks.checkpoint.setdefault("interval", interval)
     poly = {"type": "PolyLR", "power": 1.0, "eta_min": 0.0, "begin": warmup, "end": iterations, "by_epoch": False}
     ramp = {"type": "LinearLR", "start_factor": 1e-6, "begin": 0, "end": warmup, "by_epoch": False}
     cfg.param_scheduler = [ramp, poly] if warmup else [poly]
-    return {
+    derived = {
         "training_images": images,
         "batch_size": batch,
         "iterations": iterations,
@@ -175,3 +176,4 @@ def plan_training(cfg: Config) -> dict[str, float]:
         "validation_every": interval,
         "learning_rate": cfg.optim_wrapper.optimizer.lr,
     }
+    return derived, {"classes": dataset.metainfo["classes"], "images": images, "digest": dataset.digest()}

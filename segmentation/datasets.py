@@ -1,5 +1,6 @@
 """The ADE20K layout by path: images/{training,validation}, annotations/{training,validation}, classes.json."""
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ class ADELayoutDataset(BaseSegDataset):
             **kwargs,
         )
         self.skips = SkipCounter(len(self))
+
+    def digest(self) -> str:
+        """Of the images' names, wherever their folder lies."""
+        names = sorted(Path(self.get_data_info(index)["img_path"]).name for index in range(len(self)))
+        return sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
 
     def load_data_list(self) -> list[dict]:
         """One entry per image of the split; mmseg calls it once."""

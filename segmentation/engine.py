@@ -1,6 +1,7 @@
 """Trains and evaluates a segmentor with mmengine's Runner, and writes what every task writes."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,48 @@ from mmseg.utils import register_all_modules
 from numpy.typing import NDArray
 from torch import nn
 
+from backbones.training.folder import CHECKPOINT, METRICS, WEIGHTS, claimed
 from backbones.training.log import write_provenance
 from backbones.training.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
+from backbones.training.processes import agree, naming_lost_ranks
+from backbones.training.state import Contract, check_length, load_model, read_checkpoint, save_model, write_checkpoint
+from backbones.training.stopping import resume_command
 from backbones.utils.errors import UserError
 from backbones.utils.files import make_folder, read_json, write_json
 
 from . import state as files
 from .config import plan_training
-from .hooks import median_iteration_seconds, validation_details
+from .hooks import ContractHook, median_iteration_seconds, metrics_hook, validation_details
 
-WEIGHTS = "model.safetensors"
+# What may differ between a run and its continuation: where data and results are, how they are read and shown, for how
+# long it trains, and what is kept.
+ALLOWED = (
+    "work_dir",
+    "data_root",
+    "*.data_root",
+    "*.num_workers",
+    "*.persistent_workers",
+    "*.max_pixels",
+    "schedule.epochs",
+    "schedule.max_iters",
+    "schedule.val_epochs",
+    "default_hooks.checkpoint.*",
+    "default_hooks.logger.*",
+    "custom_hooks.*.interval",
+    "custom_hooks.*.operators",
+    "log_*",
+    "launcher",
+    "env_cfg.*",
+    "load_from",
+    "resume",
+    "model.backbone.weights*",
+)
 
 
 class SegmentationRunner(Runner):
-    """mmengine's Runner, whose checkpoints are whole or absent and are read without unpickling objects."""
+    """mmengine's Runner, whose checkpoints are whole or absent, sealed, and read without unpickling objects."""
+
+    contract: Contract | None = None
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         if not torch.cuda.is_available():
@@ -40,7 +69,7 @@ class SegmentationRunner(Runner):
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
         save = super().save_checkpoint
-        files.save_whole(lambda name: save(out_dir, name, *args, **kwargs), out_dir, filename)
+        write_checkpoint(Path(out_dir) / filename, lambda part: save(out_dir, part.name, *args, **kwargs))
 
     def load_checkpoint(self, filename: str, map_location: Any = "cpu", **kwargs: Any) -> dict:
         state = files.read(filename)
@@ -49,44 +78,94 @@ class SegmentationRunner(Runner):
         self._has_loaded = True
         return state
 
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Goes where the checkpoint stopped; tells which settings differ from it and may.
+
+        Raises:
+            UserError: for a damaged checkpoint, and one of other settings, data or processes.
+        """
+        path = Path(filename)
+        state = read_checkpoint(path)
+        changed = self.contract.check(state, ALLOWED, path)
+        done = state["meta"]["iter"]
+        check_length(path, done, self.max_iters, "schedule.epochs or schedule.max_iters")
+        super().resume(filename, *args, **kwargs)
+        self._advance_schedulers(done)
+        self.train_dataloader.dataset.skips.mark(state["skipped"])
+        metrics_hook(self).restore(state["tally"])
+        if is_main_process():
+            lines = "".join(f"\n  changed: {line}" for line in changed)
+            print(f"continuing after iteration {done} of {path.parent}{lines}", flush=True)
+
+    def _advance_schedulers(self, iterations: int) -> None:
+        """Learning rates as this run's schedule has them, which a longer run's checkpoint does not."""
+        for group in self.optim_wrapper.optimizer.param_groups:
+            group["lr"] = group["initial_lr"]
+        self.param_schedulers = self.build_param_scheduler(self.cfg.param_scheduler)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no step of the optimizer came before these
+            for _ in range(iterations):
+                for scheduler in self.param_schedulers:
+                    scheduler.step()
+
+    def save_model(self, name: str) -> None:
+        """Writes the weights, and what builds them again, into the run's folder."""
+        model = _unwrap(self.model)
+        meta = self.val_dataloader.dataset.metainfo
+        save_model(Path(self.work_dir) / name, model.state_dict(), files.header(self.cfg, model, meta))
+
 
 def train(cfg: Config, resume: bool = False) -> dict[str, Any]:
     """Trains as ``cfg`` says, evaluates, and writes model.safetensors, metrics.json, metrics.jsonl and run.json.
 
     Args:
         cfg: from ``load_config``.
-        resume: continue from the last checkpoint in ``cfg.work_dir``; without one, start.
+        resume: continue from the checkpoint in ``cfg.work_dir``.
 
     Returns:
         What metrics.json holds.
+
+    Raises:
+        UserError: for data, settings or weights that do not fit, a folder that holds another run, a non-finite loss.
+        SystemExit: after SIGTERM or SIGINT, when the step is done and saved.
     """
-    folder = make_folder(cfg.work_dir)
+    settings = cfg.to_dict()
     _prepare(cfg)
-    plan = plan_training(cfg)
-    last = files.find_last(folder) if resume else None
-    if is_main_process():
-        print("derived  " + "  ".join(f"{name} {value:g}" for name, value in plan.items()))
+    with (
+        claimed(cfg.work_dir, resume, "--work-dir", is_main_process()) as folder,
+        naming_lost_ranks(resume_command()),
+    ):
         if resume:
-            print(f"resuming from {last}" if last else f"{folder} holds no checkpoint; starting from the beginning")
-        else:
-            files.forget_last(folder)
-        write_provenance(folder, cfg.to_dict(), cfg.randomness.seed, {"data_root": cfg.data_root, **plan})
-    if last:
-        cfg.load_from, cfg.resume = str(last), True
-    runner = _build_runner(cfg)
-    runner.train()
-    seconds = median_iteration_seconds(runner)
-    if seconds is None:  # resumed after its last iteration
+            cfg.load_from, cfg.resume, cfg.model.backbone.weights = str(folder / CHECKPOINT), True, None
+        plan, data = plan_training(cfg)
+        if is_main_process():
+            print("derived  " + "  ".join(f"{name} {value:g}" for name, value in plan.items()))
+            write_provenance(folder, cfg.to_dict(), cfg.randomness.seed, {"data_root": cfg.data_root, **plan})
+        runner = _build_runner(cfg)
+        runner.contract = Contract(files.TASK, settings, data)
+        _train(runner)
+        metrics = _measure(runner, cfg) if is_main_process() else {}
+        seconds = median_iteration_seconds(runner)
+        if not is_main_process():
+            return {}
+        runner.save_model(WEIGHTS)
+        if seconds is not None:
+            metrics["train_images_per_s"] = plan["batch_size"] / seconds
+        metrics["skipped_images"] = runner.train_dataloader.dataset.skips.count
+        return _write_metrics(folder, metrics)
+
+
+def _train(runner: SegmentationRunner) -> None:
+    """mmengine's loop, and an evaluation when the run was resumed after its last."""
+    hook = next(hook for hook in runner.hooks if isinstance(hook, ContractHook))
+    try:
+        runner.train()
+    except RuntimeError:
+        if not hook.pace.signal:  # a signal to the whole group of processes ends the data loader's workers too
+            raise
+        hook.save(runner, runner.iter)
+    if not agree(int(validation_details(runner) is not None))[0]:
         runner.val_loop.run()
-    if not is_main_process():
-        return {}
-    model = _unwrap(runner.model)
-    files.save_model(folder / WEIGHTS, model, cfg, runner.val_dataloader.dataset.metainfo)
-    metrics = _measure(runner, cfg)
-    if seconds is not None:
-        metrics["train_images_per_s"] = plan["batch_size"] / seconds
-    metrics["skipped_images"] = runner.train_dataloader.dataset.skips.count
-    return _write_metrics(folder, metrics)
 
 
 def evaluate(cfg: Config) -> dict[str, Any]:
@@ -96,10 +175,11 @@ def evaluate(cfg: Config) -> dict[str, Any]:
     """
     folder = make_folder(cfg.work_dir)
     _prepare(cfg)
-    weights = cfg.load_from or next((p for p in (folder / WEIGHTS, files.find_last(folder)) if p and p.exists()), None)
+    weights = cfg.load_from or next((p for p in (folder / WEIGHTS, folder / CHECKPOINT) if p.exists()), None)
     cfg.load_from = None
     for name in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
         cfg[name] = None
+    cfg.default_hooks.checkpoint = None
     runner = _build_runner(cfg)
     if weights:
         runner.load_checkpoint(str(weights))
@@ -123,7 +203,7 @@ def load_trained(run_dir: str | Path, device: str | torch.device | None = None) 
     register_all_modules(init_default_scope=True)
     description, meta = files.load_description(path)
     model = revert_sync_batchnorm(MODELS.build(description.model))
-    files.load_into(model, files.read(path)["state_dict"], path)
+    files.load_into(model, load_model(path), path)
     model.cfg, model.dataset_meta = description, meta
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
@@ -180,7 +260,7 @@ def _measure(runner: SegmentationRunner, cfg: Config) -> dict[str, Any]:
 
 def _write_metrics(folder: Path, metrics: dict[str, Any]) -> dict[str, Any]:
     """Writes metrics.json; figures of an earlier run in the folder that this one has no word on stay."""
-    path = folder / "metrics.json"
+    path = folder / METRICS
     metrics = {**(read_json(path, "metrics") if path.exists() else {}), **metrics}
     write_json(path, metrics)
     print(f"wrote {path}: mIoU {metrics['miou']:.2f} (most frequent class {metrics['miou_most_frequent_class']:.2f})")

@@ -1,6 +1,7 @@
-"""mmengine hooks: randomness that survives a restart, checkpoints of plain tensors, and the metrics of a run."""
+"""mmengine hooks: randomness that survives a restart, checkpoints and stops, and the metrics of a run."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,12 +10,19 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmseg.registry import HOOKS
 
+from backbones.training.folder import BEST, CHECKPOINT, keep
 from backbones.training.groups import DERIVED, describe_rates
 from backbones.training.log import MetricsLog
 from backbones.training.monitor import OperatorMonitor
+from backbones.training.processes import agree
 from backbones.training.rng import seed_everything
+from backbones.training.stopping import Pace
+from backbones.utils.errors import UserError
+from backbones.utils.files import FORMAT
 
 from .datasets import ITERATION_SEED
+
+_TIMES = 1000  # of iterations, that a checkpoint keeps
 
 
 @HOOKS.register_module()
@@ -26,14 +34,65 @@ class IterationSeedHook(Hook):
 
 
 @HOOKS.register_module()
-class PlainCheckpointHook(Hook):
-    """Leaves tensors and plain values in a checkpoint, so that loading it unpickles no object."""
+class ContractHook(Hook):
+    """Saves what a run continues from, before each evaluation and when it is time, and stops it between two steps.
+
+    Args:
+        interval: iterations from one checkpoint to the next.
+        minutes: also save when this long has passed; 0 = not for the time.
+        keep: keep the checkpoint of every so many iterations beside the last; 0 = the last alone.
+    """
+
+    priority = "VERY_LOW"  # after what changes the weights, the learning rate and the log
+
+    def __init__(self, interval: int, minutes: float = 30.0, keep: int = 0):
+        for name, value in (("interval", interval), ("minutes", minutes), ("keep", keep)):
+            if not isinstance(value, int | float) or value < (name == "interval"):
+                raise UserError(f"default_hooks.checkpoint.{name} is {value!r}; it must be a number, 0 or more.")
+        self.interval, self.keep = interval, keep
+        self.pace = Pace(minutes, interval)
+
+    def before_train(self, runner) -> None:
+        self.pace.__enter__()
+        due = runner.iter and (runner.iter % runner.train_loop.val_interval == 0 or runner.iter == runner.max_iters)
+        told = metrics_hook(runner).has_evaluated(runner.iter)
+        if due and not agree(int(told))[0]:  # the run stopped between the checkpoint and this
+            runner.val_loop.run()
+
+    def after_train_iter(self, runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None) -> None:
+        done = runner.iter + 1
+        evaluates = done % runner.train_loop.val_interval == 0 or done == runner.max_iters
+        if self.pace.after_step(done) or evaluates:
+            self.save(runner, done)
+
+    def save(self, runner, done: int) -> None:
+        """Writes the checkpoint of ``done`` iterations, and ends the program when a signal asked for it."""
+        meta = {"epoch": runner.epoch, "iter": done}
+        runner.save_checkpoint(runner.work_dir, CHECKPOINT, by_epoch=False, save_param_scheduler=False, meta=meta)
+        self.pace.saved()
+        if is_main_process() and self.keep and done % self.keep == 0:
+            keep(Path(runner.work_dir), done)
+        if self.pace.signal:
+            self.pace.stop(done)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         # Histories of logged scalars are objects of mmengine; metrics.jsonl keeps the values.
         info = checkpoint["message_hub"]["runtime_info"]
         plain = {key: value for key, value in info.items() if _is_plain(value)}
         checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": plain, "resumed_keys": {}}
+        skipped = runner.train_dataloader.dataset.skips.marked
+        checkpoint |= {"format": FORMAT, **runner.contract.to_dict(), "skipped": skipped}
+        checkpoint["tally"] = metrics_hook(runner).tally()
+
+    def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
+        details = validation_details(runner)
+        if runner.train_loop is None or not is_main_process() or details is None:
+            return
+        if metrics_hook(runner).is_best:
+            runner.save_model(BEST)
+
+    def after_train(self, runner) -> None:
+        self.pace.__exit__(None, None, None)
 
 
 def _is_plain(value: Any) -> bool:
@@ -60,6 +119,19 @@ class MetricsHook(Hook):
         self.iteration_seconds: list[float] = []
         self._log: MetricsLog | None = None
         self._before = 0.0
+        self.is_best = False  # the last evaluation
+
+    def tally(self) -> dict[str, list[float]]:
+        """What was counted since the last line of the log, and the times of iterations."""
+        return {"norms": self._norms, "seconds": self.iteration_seconds[-_TIMES:]}
+
+    def restore(self, tally: dict[str, list[float]]) -> None:
+        """Goes on with what ``tally`` gave."""
+        self._norms, self.iteration_seconds = list(tally["norms"]), list(tally["seconds"])
+
+    def has_evaluated(self, iteration: int) -> bool:
+        """Whether the log has the evaluation of an iteration; only the main process knows."""
+        return self._log is not None and self._log.has("val", iteration)
 
     def before_train(self, runner) -> None:
         if is_main_process():
@@ -109,6 +181,7 @@ class MetricsHook(Hook):
             return
         values = {name: details[name] for name in ("miou", "macc", "aacc")}
         if self._log is not None:
+            self.is_best = values["miou"] > max(self._log.values("val", "miou"), default=-1.0)
             self._log.write(runner.iter, self._epoch(runner, runner.iter), "val", values)
         print("validation  " + "  ".join(f"{name} {value:.2f}" for name, value in values.items()))
 
@@ -123,6 +196,14 @@ class MetricsHook(Hook):
         return step * loader.batch_size * runner.world_size / len(loader.dataset)
 
 
+def metrics_hook(runner) -> MetricsHook:
+    """The run's MetricsHook, which every config of this project has."""
+    hook = next((hook for hook in runner.hooks if isinstance(hook, MetricsHook)), None)
+    if hook is None:
+        raise UserError("custom_hooks has no MetricsHook; start from a config of segmentation/configs.")
+    return hook
+
+
 def validation_details(runner) -> dict[str, Any] | None:
     """What DetailedIoUMetric found in the last evaluation; None before one, and outside the main process."""
     for metric in runner.val_evaluator.metrics:
@@ -133,7 +214,5 @@ def validation_details(runner) -> dict[str, Any] | None:
 
 def median_iteration_seconds(runner) -> float | None:
     """Median time of a training iteration with its data; None when none was run."""
-    for hook in runner.hooks:
-        if isinstance(hook, MetricsHook) and hook.iteration_seconds:
-            return torch.tensor(hook.iteration_seconds).median().item()
-    return None
+    seconds = metrics_hook(runner).iteration_seconds
+    return torch.tensor(seconds).median().item() if seconds else None

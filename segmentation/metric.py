@@ -6,6 +6,8 @@ import numpy as np
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import METRICS
 
+from backbones.utils.errors import UserError
+
 
 @METRICS.register_module()
 class DetailedIoUMetric(IoUMetric):
@@ -20,13 +22,13 @@ class DetailedIoUMetric(IoUMetric):
         with np.errstate(invalid="ignore"):
             iou = 100 * intersect / union
         present = label > 0
+        if not present.any():
+            raise UserError("the validation masks hold no labelled pixel, so there is nothing to measure.")
         self.details = {
             "miou": float(np.nanmean(iou)),
-            "macc": float(100 * np.mean(intersect[present] / label[present])) if present.any() else float("nan"),
-            "aacc": float(100 * intersect.sum() / label.sum()) if present.any() else float("nan"),
-            "miou_most_frequent_class": float(100 * label.max() / label.sum() / present.sum())
-            if present.any()
-            else float("nan"),
+            "macc": float(100 * np.mean(intersect[present] / label[present])),
+            "aacc": float(100 * intersect.sum() / label.sum()),
+            "miou_most_frequent_class": float(100 * label.max() / label.sum() / present.sum()),
             # None: neither in the masks nor in the predictions
             "iou_per_class": {
                 name: None if np.isnan(value) else float(value)

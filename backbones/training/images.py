@@ -37,12 +37,12 @@ def read_image(
     Image.MAX_IMAGE_PIXELS = max_pixels
     limit = f"more than {max_pixels} pixels" + (f"; raise {setting} to read it" if setting else "")
     try:
-        with open_regular(source) if isinstance(source, str | Path) else source as file:
-            with Image.open(file, formats=_formats()) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise UnreadableImageError(f"{width}x{height} are {limit}")
-                return use(image)
+        file = open_regular(source) if isinstance(source, str | Path) else source
+        with file, Image.open(file, formats=_formats()) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise UnreadableImageError(f"{width}x{height} are {limit}")
+            return use(image)
     except UnreadableImageError:
         raise
     except Image.DecompressionBombError:

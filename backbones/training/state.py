@@ -182,10 +182,12 @@ def check_length(path: Path, done: int, total: int, setting: str) -> None:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted names."""
+    """Nested dicts, and lists of dicts, as one dict with dotted names."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
+        if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            value = dict(enumerate(value))
         result |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
     return result
 

@@ -111,12 +111,12 @@ default_hooks = dict(
     timer=dict(type="IterTimerHook"),
     logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type="ParamSchedulerHook"),
-    checkpoint=dict(type="CheckpointHook", by_epoch=False, max_keep_ckpts=2),
+    # Before each evaluation, after so many minutes, and beside the last those of every ``keep`` iterations.
+    checkpoint=dict(type="ContractHook", minutes=30.0, keep=0),
     sampler_seed=dict(type="DistSamplerSeedHook"),
 )
 custom_hooks = [
     dict(type="IterationSeedHook", priority="VERY_HIGH"),
-    dict(type="PlainCheckpointHook"),
     dict(type="MetricsHook"),
 ]
 visualizer = dict(type="SegLocalVisualizer", vis_backends=[], name="visualizer")
