@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
+from fvcore.common.config import BASE_KEY
 
 from backbones.config import BackboneConfig
 from backbones.layer_config import AttentionConfig, FfnConfig
 from backbones.models.presets import SIZES, preset_config, resize_arch
 from backbones.training.groups import check_operator_lr
 from backbones.training.images import MAX_PIXELS
-from backbones.utils.errors import UserError, check_choice, check_keys, suggest
+from backbones.utils.documents import MAX_DEPTH, check_plain, read_yaml
+from backbones.utils.errors import UserError, check_choice, check_keys, shown, suggest
+from backbones.utils.values import finite
 
 from .backbone import backbone_config, pyramid_strides
+from .limits import check_limits, check_lists
 
 SIZES_FOLDER = Path(__file__).parent / "sizes"
+_MAX_BASES = 16
 SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR")
 
 # Detectron2's keys that nothing here reads, and what to use instead.
@@ -132,31 +136,48 @@ def load_config(path: str | Path | None, size: str | None = None, overrides: Seq
         raise UserError(f"settings come as KEY VALUE pairs; {overrides[-1]!r} has no value.")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         nested: Any = _literal(value)
+        if key.count(".") > MAX_DEPTH:
+            raise UserError(f"{shown(key)} has {key.count('.') + 1} parts; a setting has a few, such as SOLVER.EPOCHS.")
         for part in reversed(key.split(".")):
             nested = {part: nested}
         merge(cfg, nested, "the command line")
     return resolve(cfg)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a file on top of those of its ``_BASE_``; ``above`` are the files that build on it."""
+    if not path.exists():
+        if above:
+            raise UserError(f"config {above[-1]} builds on {path}, which does not exist.")
         known = [p.name for p in Path(__file__).parent.glob("[a-z]*.yaml")]
         raise UserError(f"config {path} does not exist.{suggest(path.name, known)} Check the path.")
-    try:
-        values = CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)
-    except (yaml.YAMLError, AttributeError, TypeError) as error:
-        raise UserError(f"config {path} is not valid YAML: {error}") from None
-    except FileNotFoundError as error:
-        raise UserError(f"config {path} builds on {error.filename}, which does not exist.") from None
+    if len(above) > _MAX_BASES or path.resolve() in [p.resolve() for p in above]:
+        raise UserError(f"config {above[0]} builds on itself, or on more than {_MAX_BASES} others. Shorten the chain.")
+    values = read_yaml(path, "config")
     if not isinstance(values, dict):
         raise UserError(f"config {path} holds no keys.")
-    return values
+    base = values.pop(BASE_KEY, None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or "\0" in base:
+        raise UserError(f"config {path} builds on {shown(base)}; {BASE_KEY} must be the path of one file.")
+    return _merged(_read_yaml(path.parent / Path(base).expanduser(), (*above, path)), values)
+
+
+def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in values.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
 
 
 def _literal(text: Any) -> Any:
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+        check_plain(value, "a setting")
+        return value
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text
 
 
@@ -170,7 +191,9 @@ def merge(cfg: CfgNode, values: dict[str, Any], source: str, prefix: str = "") -
         current = cfg[key]
         if isinstance(current, CfgNode):
             if not isinstance(value, dict):
-                raise UserError(f"{source}: {path} is {value!r}; it is a section with the keys {', '.join(current)}.")
+                raise UserError(
+                    f"{source}: {path} is {shown(value)}; it is a section with the keys {', '.join(current)}."
+                )
             merge(current, value, source, f"{path}.")
         else:
             cfg[key] = _coerced(value, current, f"{source}: {path}")
@@ -185,18 +208,20 @@ def _coerced(value: Any, current: Any, where: str) -> Any:
         return float(value)
     if isinstance(current, float) and isinstance(value, str):  # YAML reads 1e-4 as text
         try:
-            return float(value)
+            return finite(value)
         except ValueError:
             pass
     if isinstance(current, str) and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if isinstance(current, list | tuple) and isinstance(value, list | tuple):
         return type(current)(value)
-    raise UserError(f"{where} is {value!r}; it must be a {type(current).__name__}, such as {current!r}.")
+    raise UserError(f"{where} is {shown(value)}; it must be a {type(current).__name__}, such as {current!r}.")
 
 
 def resolve(cfg: CfgNode) -> CfgNode:
     """Fills in the values that are None because they follow from others, and checks those that must fit together."""
+    check_limits(cfg)
+    check_lists(cfg)
     _check_ranges(cfg)
     size, sfp = cfg.INPUT.IMAGE_SIZE, cfg.MODEL.SFP
     backbone = backbone_config(cfg)
@@ -246,7 +271,9 @@ def _check_ranges(cfg: CfgNode) -> None:
     check_choice("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP, ("horizontal", "vertical", "none"))
     factors = cfg.MODEL.SFP.SCALE_FACTORS
     if factors is not None and not (isinstance(factors, list | tuple) and factors):
-        raise UserError(f"MODEL.SFP.SCALE_FACTORS is {factors!r}; it must be a list, such as [4.0, 2.0, 1.0, 0.5].")
+        raise UserError(
+            f"MODEL.SFP.SCALE_FACTORS is {shown(factors)}; it must be a list, such as [4.0, 2.0, 1.0, 0.5]."
+        )
     for scale in factors or ():
         check_choice("a value of MODEL.SFP.SCALE_FACTORS", scale, (4.0, 2.0, 1.0, 0.5))
     positive = ("EPOCHS", "IMS_PER_BATCH", "REFERENCE_LR", "REFERENCE_BATCH", "CHECKPOINT_EPOCHS", "LOG_STEPS")

@@ -1,7 +1,5 @@
 """Where a COCO JSON and its folder of images become Detectron2 data sets, and every problem with them is named."""
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha1, sha256
 from pathlib import Path
@@ -11,8 +9,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from backbones.utils.errors import UserError
+from backbones.utils.errors import UserError, shown
 from backbones.utils.files import read_json
+
+from .coco import check_entries, check_masks_fit
+
+MAX_BYTES = 2**32  # of a JSON; those of COCO and LVIS have half a gigabyte and more
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,10 @@ def _register(split: str, json_file: str, images: str, masks: bool) -> CocoSumma
     for key, value in ((json_key, json_file), (images_key, images)):
         if not value:
             raise UserError(f"{key} is not set. Give the path on the command line: {key} PATH")
-    dataset = read_json(json_file, json_key)
+    dataset = read_json(json_file, json_key, MAX_BYTES)
     summary = check_coco(dataset, json_file, masks)
+    if split == "TEST" and not all("area" in annotation for annotation in dataset["annotations"]):
+        raise UserError(f"{json_file} has annotations without an area, which COCO's evaluation needs. Add it.")
     _check_images(dataset["images"], Path(images), images_key, json_file)
 
     # The catalogs are global and never forget; a file that changed is another data set.
@@ -97,12 +101,7 @@ def check_coco(dataset: Any, json_file: str, masks: bool) -> dict[str, Any]:
             )
         if not dataset[key]:
             raise UserError(f"{json_file} lists no {key}. Give a JSON that does.")
-    _check_fields(dataset["images"], ("id", "file_name", "height", "width"), "image", json_file)
-    _check_fields(dataset["categories"], ("id", "name"), "category", json_file)
-    _check_fields(dataset["annotations"], ("id", "image_id", "category_id", "bbox"), "annotation", json_file)
-    for key in ("images", "annotations", "categories"):
-        _check_unique((entry["id"] for entry in dataset[key]), f"{key} of {json_file}")
-
+    check_entries(dataset, json_file)
     categories = tuple(sorted((c["id"], c["name"]) for c in dataset["categories"]))
     known, image_ids = {i for i, _ in categories}, {image["id"] for image in dataset["images"]}
     objects = [a for a in dataset["annotations"] if not a.get("iscrowd", 0)]
@@ -114,10 +113,10 @@ def check_coco(dataset: Any, json_file: str, masks: bool) -> dict[str, Any]:
             ids = ", ".join(str(i) for i in sorted(known)[:12]) + (", ..." if len(known) > 12 else "")
             raise UserError(f"{where} has category_id {annotation['category_id']}; its categories are {ids}.")
         if annotation["image_id"] not in image_ids:
-            raise UserError(f"{where} belongs to image {annotation['image_id']}, which is not in its list of images.")
-        box = annotation["bbox"]
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
-            raise UserError(f"{where} has the box {box!r}; it must be [x, y, width, height] in pixels.")
+            raise UserError(
+                f"{where} belongs to image {shown(annotation['image_id'])}, which is not in its list of images."
+            )
+    check_masks_fit(dataset, json_file)
     if masks:
         _check_masks(objects, json_file)
     return {
@@ -141,19 +140,6 @@ def check_same_classes(train: Any, test: Any, train_name: str, test_name: str) -
     )
 
 
-def _check_fields(entries: Iterable[Any], required: tuple[str, ...], what: str, json_file: str) -> None:
-    for position, entry in enumerate(entries):
-        missing = [key for key in required if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            raise UserError(f"{json_file}: {what} number {position} has no {missing[0]!r}. Repair the file.")
-
-
-def _check_unique(ids: Iterable[Any], where: str) -> None:
-    identity, count = Counter(ids).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"the id {identity} appears {count} times among the {where}. Ids must be unique.")
-
-
 def _check_masks(objects: list[dict[str, Any]], json_file: str) -> None:
     without = [a for a in objects if not a.get("segmentation")]
     if without:
@@ -169,7 +155,10 @@ def _check_images(images: list[dict[str, Any]], folder: Path, key: str, json_fil
     present = {path.name for path in folder.iterdir()}
     if not present:
         raise UserError(f"{key}: {folder} is empty. Give the folder with the images of {json_file}.")
-    names = [image["file_name"] for image in images]
+    names, root = [image["file_name"] for image in images], folder.resolve()
+    outside = [name for name in names if ".." in name and not (folder / name).resolve().is_relative_to(root)]
+    if outside:
+        raise UserError(f"{json_file} names the image {shown(outside[0])}, outside {folder}. Repair the file.")
     missing = [name for name in names if name not in present and not ("/" in name and (folder / name).is_file())]
     if missing:
         first = ", ".join(missing[:3])

@@ -37,17 +37,31 @@ def shown(value: object, limit: int = 240) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+_JOINERS = "\u200c\u200d"  # within words of some scripts, and emoji
+
+
 def escaped(text: object) -> str:
     """``text`` with control characters, bidirectional overrides and lone surrogates as escapes; line breaks stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" or _is_space(c) else _escape(c) for c in str(text))
+    text = str(text)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or not _is_control(c) else _escape(c) for c in text)
 
 
-def _is_space(character: str) -> bool:
-    return unicodedata.category(character) == "Zs"
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
 
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def check_name(what: str, value: object, longest: int = 256) -> None:
+    """Raises UserError unless ``value`` is a text of 1 to ``longest`` characters, none of which controls a terminal."""
+    if not isinstance(value, str) or not 1 <= len(value) <= longest or any(map(_is_control, value)):
+        raise UserError(
+            f"{what} is {shown(value)}; it must be a text of 1 to {longest} characters without control characters."
+        )
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:
