@@ -284,7 +284,7 @@ def test_a_failed_run_ends_with_its_log_and_the_others_are_kept(tmp_path, capsys
 def test_an_interrupted_run_is_resumed(tmp_path):
     job = script_job(tmp_path, "vit", "classification", f"assert '--resume' in sys.argv; {DONE}")
     job.folder.mkdir(parents=True)
-    (job.folder / "checkpoint.pt").write_text("")
+    (job.folder / "checkpoint.pth").write_text("")
     assert runner.run_jobs([job], 1) == {}
     assert job.is_done()
 

@@ -8,13 +8,15 @@ import torch
 
 from backbones import create_backbone
 from backbones.checkpoint import save_backbone
+from backbones.training.folder import WEIGHTS
 from backbones.training.log import read_metrics
+from backbones.training.state import save_model
 from backbones.utils.errors import UserError
 from detection.config import load_config
 from detection.datasets import register_datasets
 from detection.engine import prepare, train
 from detection.evaluation import evaluate
-from detection.state import WEIGHTS, save_model
+from detection.state import header
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def test_the_blended_detector_is_the_softmax_detector_before_its_first_step(tiny
 
 def test_a_softmax_detector_fine_tunes_with_operators_beside_it(tiny, vit, tmp_path):
     (cfg, plain), _ = detectors(tiny, vit)
-    save_model(tmp_path, plain, cfg, [(1, "a")])
+    save_model(tmp_path / WEIGHTS, plain.state_dict(), header(cfg, plain, [(1, "a")]))
     for mode in ("blockwise", "universal"):
         options = ["MODEL.WEIGHTS", str(tmp_path / WEIGHTS), "MODEL.VIT.attention.mode", mode]
         blended = prepare(tiny(*options, family="gated_karat", name=mode), resume=False).model

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from backbones import create_backbone
 from backbones.checkpoint import save_backbone
+from backbones.training.folder import CHECKPOINT, WEIGHTS
 from backbones.training.groups import OPERATOR_STEP
 from backbones.training.log import read_metrics
 from backbones.utils.errors import UserError, describe
 from detection import engine
 from detection.engine import evaluate_run, load_trained, predict, prepare, train
-from detection.state import CHECKPOINT, WEIGHTS
 
 
 def weights(folder):
@@ -238,7 +238,7 @@ def test_no_disk_space_leaves_no_half_written_file(tiny, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("detection.state.torch.save", full_disk)
+    monkeypatch.setattr("backbones.training.state.torch.save", full_disk)
     with pytest.raises(OSError, match="No space") as caught:
         train(tiny())
     assert "no disk space left" in describe(caught.value)

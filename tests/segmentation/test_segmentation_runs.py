@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from backbones import create_backbone
 from backbones.checkpoint import save_backbone
+from backbones.training.folder import CHECKPOINT
 from backbones.training.log import read_metrics
 from backbones.training.measure import images_per_second
 from backbones.utils.errors import UserError, run_main
@@ -27,10 +29,9 @@ from segmentation.engine import evaluate, predict, train
 
 @HOOKS.register_module(force=True)
 class InterruptHook(Hook):
-    """Ends a run after iteration ``after``, as Ctrl-C would."""
+    """Ends a run after iteration ``after``, as a machine that goes away would."""
 
-    def __init__(self, after):
-        self.after = after
+    after = 3
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if runner.iter + 1 == self.after:
@@ -87,20 +88,22 @@ def test_weights_alone_give_the_same_evaluation_and_predictions(trained, make_co
 
 def test_checkpoints_hold_only_tensors_and_plain_values(trained):
     folder, _ = trained
-    state = torch.load(folder / "iter_4.pth", weights_only=True)
+    state = torch.load(folder / CHECKPOINT, weights_only=True)
     assert state["meta"]["iter"] == 4 and "optimizer" in state
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_run_equals_one_in_one_piece(make_config, tmp_path, workers):
+def test_resumed_run_equals_one_in_one_piece(make_config, tmp_path, monkeypatch, workers):
     options = {"train_dataloader.num_workers": workers}
     train(make_config("karkat", "whole", options))
-    interrupted = make_config("karkat", "parts", options)
     # After the checkpoint of iteration 2, so that iteration 3 is done twice.
-    interrupted.custom_hooks.append({"type": "InterruptHook", "after": 3})
+    cfg = make_config("karkat", "parts", options)
+    cfg.custom_hooks.append({"type": "InterruptHook"})
+    again = deepcopy(cfg)
     with pytest.raises(KeyboardInterrupt):
-        train(interrupted)
-    train(make_config("karkat", "parts", options), resume=True)
+        train(cfg)
+    monkeypatch.setattr(InterruptHook, "after", 0)
+    train(again, resume=True)
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
@@ -134,7 +137,7 @@ _register_most_frequent_class()
 def test_learning_rate_and_iterations_follow_the_batch(make_config):
     small = make_config(options={"schedule.max_iters": None, "schedule.epochs": 3, "train_dataloader.batch_size": 4})
     base = small.optim_wrapper.optimizer.lr
-    plan = plan_training(small)
+    plan, _ = plan_training(small)
     assert plan["iterations"] == 18
     assert plan["learning_rate"] == pytest.approx(base * 4 / small.schedule.reference_batch_size)
 
@@ -147,9 +150,9 @@ def test_checkpoint_of_another_model_is_refused(trained, make_config):
 
 def test_broken_checkpoint_is_refused(trained, build_config, tmp_path):
     copy = shutil.copytree(trained[0], tmp_path / "copy")
-    path = copy / "iter_4.pth"
+    path = copy / CHECKPOINT
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"iter_4\.pth is broken"):
+    with pytest.raises(UserError, match=r"checkpoint\.pth is damaged"):
         train(build_config("karkat", copy), resume=True)
 
 

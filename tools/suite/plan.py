@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 
 from backbones.models.presets import FAMILIES, preset_name
+from backbones.training.folder import CHECKPOINT, METRICS, WEIGHTS
 from backbones.utils.errors import UserError, check_keys
 from backbones.utils.files import read_json
 
 from .rows import TASKS, Row
 
 ROOT = Path(__file__).resolve().parents[2]
-_STATES = {"classification": "checkpoint.pt", "detection": "checkpoint.pth", "segmentation": "last_checkpoint"}
 _DATA_KEYS = {
     "classification": ("root",),
     "detection": ("train_json", "train_images", "test_json", "test_images"),
@@ -60,10 +60,10 @@ class Job:
         return f"{self.row} {self.task}, seed {self.seed}"
 
     def is_done(self) -> bool:
-        return (self.folder / "metrics.json").is_file() and (self.folder / "model.safetensors").is_file()
+        return (self.folder / METRICS).is_file() and (self.folder / WEIGHTS).is_file()
 
     def resumable(self) -> bool:
-        return (self.folder / _STATES[self.task]).is_file()
+        return (self.folder / CHECKPOINT).is_file()
 
     def starts_from(self, other: "Job") -> bool:
         """Whether ``other`` is the pretraining that this run needs."""
@@ -178,7 +178,7 @@ def job_folder(out: Path, row: str, seed: int, task: str) -> Path:
 
 def _job(row: Row, task: str, seed: int, size: str, data: Data, out: Path, quick: bool) -> Job:
     folder = job_folder(out, row.name, seed, task)
-    weights = job_folder(out, row.pretraining, seed, "classification") / "model.safetensors"
+    weights = job_folder(out, row.pretraining, seed, "classification") / WEIGHTS
     extra = [*data.overrides.get(task, []), *row.task_settings.get(task, [])]
     name = "softmax" if row.family == "vit" else row.family
     if task == "classification":
