@@ -13,7 +13,9 @@ from mmseg.registry import MODELS
 from torch import nn
 
 from backbones.config import BackboneConfig
+from backbones.header import check_fits
 from backbones.layer_config import AttentionConfig, FfnConfig
+from backbones.models.presets import preset_config
 from backbones.utils.errors import UserError, check_choice, check_keys, shown
 
 from .transforms import MAX_CLASSES
@@ -78,6 +80,7 @@ _REQUIRED = {
 }
 # Largest sizes; every other integer is below 2^24.
 _LIMITS = {
+    "max_pixels": 2**40,
     **{"channels": 4096, "in_channels": 2**14, "embed_dim": 2**14, "num_classes": MAX_CLASSES, "out_channels": 4096},
     **{"num_convs": 64, "kernel_size": 31, "dilation": 64, "pool_scales": 64, "rescales": 16, "in_index": 1000},
 }
@@ -102,6 +105,9 @@ def check_description(config: Any, meta: Any, path: str | Path) -> None:
         _typed(step, _PIPELINE, f"{where}: test_pipeline.{number}")
     if config["model"]["backbone"].get("weights") is not None:
         raise UserError(f"{where}: model.backbone.weights names another file, which is not opened. It must be null.")
+    backbone = {k: v for k, v in config["model"]["backbone"].items() if k not in ("type", "arch") and v is not None}
+    arch = config["model"]["backbone"]["arch"]
+    check_fits(preset_config(arch).merged({**backbone, "num_classes": 0, "final_norm": False}), path)
     _check_windows(config["model"]["test_cfg"], f"{where}: model.test_cfg")
     _check_meta(meta, config["model"]["decode_head"]["num_classes"], where)
 
