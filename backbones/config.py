@@ -1,13 +1,19 @@
 """The one description of a backbone, used from Python, recipes, Detectron2 YAML and mmengine configs alike."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from .layer_config import AttentionConfig, FfnConfig
 from .layers.karat import check_full
-from .utils.errors import UserError, check_keys
-from .utils.values import check_bool, check_positive, check_rate, int_tuple
+from .utils.errors import UserError, check_keys, check_name, shown
+from .utils.values import MOST, check_bool, check_positive, check_rate, int_tuple
+
+_LARGEST = {
+    **{"img_size": 2**16, "patch_size": 1024, "in_chans": 1024, "embed_dim": 2**14, "depth": MOST, "num_heads": 1024},
+    **{"num_classes": 10**6, "window_size": 1024, "gpsa_blocks": MOST, "stages": 8, "tokens": 2**20},
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class BackboneConfig:
     def __post_init__(self):
         self._normalize()
         for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
-            check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name), _LARGEST[name])
         for name in (
             "class_token",
             "qkv_bias",
@@ -86,9 +92,14 @@ class BackboneConfig:
         for name in ("num_classes", "window_size", "gpsa_blocks"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise UserError(f"{name} is {value!r}; it must be an integer of at least 0.")
+                raise UserError(f"{name} is {shown(value)}; it must be an integer of at least 0.")
+            if value > _LARGEST[name]:
+                raise UserError(f"{name} is {shown(value)}; it may be at most {_LARGEST[name]}.")
         for name in ("drop_path", "drop_rate", "weights_min_match"):
             check_rate(name, getattr(self, name))
+        for name in ("arch", "weights"):
+            if getattr(self, name) is not None:
+                check_name(name, getattr(self, name), 4096)
         self._check_sizes()
         self._check_indices()
 
@@ -96,9 +107,9 @@ class BackboneConfig:
         size = self.img_size
         if isinstance(size, int):
             size = (size, size)
-        size = int_tuple("img_size", size)
+        size = int_tuple("img_size", size, _LARGEST["img_size"])
         if len(size) != 2 or min(size) < 1:
-            raise UserError(f"img_size is {self.img_size!r}; it must be a positive integer or (height, width).")
+            raise UserError(f"img_size is {shown(self.img_size)}; it must be a positive integer or (height, width).")
         object.__setattr__(self, "img_size", size)
         for name, kind in (("attention", AttentionConfig), ("ffn", FfnConfig)):
             value = getattr(self, name)
@@ -106,10 +117,12 @@ class BackboneConfig:
                 check_keys(name, value, [f.name for f in fields(kind)])
                 object.__setattr__(self, name, kind(**value))
             elif not isinstance(value, kind):
-                raise UserError(f"{name} is {value!r}; it must be a dict of {kind.__name__}'s fields.")
+                raise UserError(f"{name} is {shown(value)}; it must be a dict of {kind.__name__}'s fields.")
         if self.stage_depths is not None:
             object.__setattr__(self, "stage_depths", int_tuple("stage_depths", self.stage_depths))
             object.__setattr__(self, "depth", sum(self.stage_depths))
+            if len(self.stage_depths) > _LARGEST["stages"]:
+                raise UserError(f"stage_depths has {len(self.stage_depths)} stages; it may have {_LARGEST['stages']}.")
         if self.out_indices is None:
             object.__setattr__(self, "out_indices", (self.num_outputs - 1,))
         for name in ("out_indices", "global_blocks"):
@@ -117,6 +130,13 @@ class BackboneConfig:
 
     def _check_sizes(self) -> None:
         check_patch_multiple(self.img_size, self.patch_size, "img_size")
+        tokens, largest = math.prod(self.grid_size), _LARGEST["tokens"]
+        if tokens > largest:
+            raise UserError(
+                f"img_size {self.img_size} has {tokens} patches of {self.patch_size}; at most {largest} fit."
+            )
+        if self.hidden_dim < 1:
+            raise UserError(f"ffn.ratio {self.ffn.ratio} leaves no channel of {self.embed_dim}. Raise it.")
         if self.embed_dim % self.num_heads:
             raise UserError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}.")
         if self.ffn.kind == "grkan":
@@ -228,6 +248,12 @@ class BackboneConfig:
         return int(self.embed_dim * self.ffn.ratio)
 
     @property
+    def least_parameters(self) -> int:
+        """Fewer parameters than any backbone of this config has: those of the projections of its blocks."""
+        depths = self.stage_depths or (self.depth,)
+        return sum(depth * (self.embed_dim * self._scale(stage)) ** 2 for stage, depth in enumerate(depths))
+
+    @property
     def grid_size(self) -> tuple[int, int]:
         """Patches per column and row of a native-size image."""
         return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
@@ -267,6 +293,8 @@ class BackboneConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "BackboneConfig":
         """Builds a config; raises UserError for an unknown key, naming the nearest valid one."""
+        if not isinstance(values, Mapping):
+            raise UserError(f"the backbone config is {shown(values)}; it must hold keys, such as arch.")
         check_keys("the backbone config", values, [f.name for f in fields(cls)])
         return cls(**values)
 

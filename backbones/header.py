@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .config import BackboneConfig
 from .utils.documents import parse_json
 from .utils.errors import UserError, shown
 
@@ -29,6 +30,15 @@ def parse_header(raw: Mapping[str, str], path: str | Path) -> dict[str, Any]:
         valid = _all(numbers, lambda v: type(v) in (int, float) and math.isfinite(v)) and len(numbers) == 3
         _check(transform, key, valid, "three finite numbers", path)
     return values
+
+
+def check_fits(config: BackboneConfig, path: str | Path) -> None:
+    """Raises UserError when the file is too small to hold a backbone of ``config``, before memory is taken for it."""
+    if config.least_parameters > Path(path).stat().st_size:
+        raise UserError(
+            f"{path} describes a backbone of over {config.least_parameters / 1e6:.0f}M parameters and is too small to "
+            "hold them. Its header is damaged: copy the file again."
+        )
 
 
 def _value(text: str, where: str) -> Any:

@@ -8,8 +8,12 @@ from .layers.karat import INITS, PROJECTIONS
 from .layers.operator_attention import BLENDS
 from .layers.pointwise import CONTROLS, POINTWISE
 from .layers.starts import STARTS
-from .utils.errors import UserError, check_choice
+from .utils.errors import UserError, check_choice, shown
 from .utils.values import check_bool, check_positive, check_rate, int_tuple
+
+MOST_FUNCTIONS = 4096  # harmonics, intervals, rows of an operator
+MOST_ORDER = 32  # degree of a spline or polynomial
+MOST_RATIO = 64
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class AttentionConfig:
         check_choice("attention.weight_init", self.weight_init, ("normal", "mimetic"))
         for name in ("grid", "rank"):
             self._normalize_per_block(name)
-        check_positive("attention.spline_order", self.spline_order)
+        check_positive("attention.spline_order", self.spline_order, MOST_ORDER)
         check_rate("attention.drop_rate", self.drop_rate)
         check_bool("attention.scales", self.scales)
         check_bool("attention.compiled", self.compiled)
@@ -119,11 +123,11 @@ class AttentionConfig:
     def _normalize_per_block(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, int):
-            check_positive(f"attention.{name}", value)
+            check_positive(f"attention.{name}", value, MOST_FUNCTIONS)
             return
-        values = int_tuple(f"attention.{name}", value)
+        values = int_tuple(f"attention.{name}", value, MOST_FUNCTIONS)
         for v in values:
-            check_positive(f"attention.{name}", v)
+            check_positive(f"attention.{name}", v, MOST_FUNCTIONS)
         if self.mode == "universal":
             raise UserError(
                 f"attention.{name} is {values}, a value per block; mode 'universal' shares one operator among all "
@@ -172,14 +176,14 @@ class FfnConfig:
         check_choice("ffn.init", self.init, STARTS["sum_abs"])
         check_choice("ffn.weight_init", self.weight_init, ("variance_preserving", "released"))
         check_choice("ffn.denominator", self.denominator, ("sum_abs", "abs_sum"))
-        for name in ("groups", "grid", "order"):
-            check_positive(f"ffn.{name}", getattr(self, name))
+        for name, largest in (("groups", 2**14), ("grid", MOST_FUNCTIONS), ("order", MOST_ORDER)):
+            check_positive(f"ffn.{name}", getattr(self, name), largest)
         check_bool("ffn.frozen", self.frozen)
         if self.frozen and self.kind != "grkan":
             raise UserError(
                 f"ffn.frozen is True, and ffn.kind {self.kind!r} has no rationals. It needs ffn.kind 'grkan'."
             )
-        object.__setattr__(self, "degrees", int_tuple("ffn.degrees", self.degrees))
+        object.__setattr__(self, "degrees", int_tuple("ffn.degrees", self.degrees, MOST_ORDER))
         if len(self.degrees) != 2 or min(self.degrees) < 1:
             raise UserError(f"ffn.degrees is {self.degrees}; it must be two degrees of at least 1, such as (5, 4).")
         if self.init != "identity" and (self.degrees[0] < 5 or self.degrees[1] < 4):
@@ -187,5 +191,5 @@ class FfnConfig:
                 f"ffn.init {self.init!r} needs ffn.degrees of at least (5, 4), got {self.degrees}. Raise them, or set "
                 "ffn.init to 'identity', which every degree holds."
             )
-        if not isinstance(self.ratio, int | float) or self.ratio <= 0:
-            raise UserError(f"ffn.ratio is {self.ratio!r}; it must be a positive number, such as 4.0.")
+        if not isinstance(self.ratio, int | float) or isinstance(self.ratio, bool) or not 0 < self.ratio <= MOST_RATIO:
+            raise UserError(f"ffn.ratio is {shown(self.ratio)}; it must be a number above 0, at most {MOST_RATIO}.")

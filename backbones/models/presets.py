@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..config import BackboneConfig
-from ..utils.errors import UserError, suggest
+from ..utils.errors import UserError, shown, suggest
 
 # trunk: size: rows of numbers over BackboneConfig
 SIZES = {
@@ -56,7 +56,7 @@ def preset_name(family: str, size: str) -> str:
 
 def _check(what: str, value: str, table: Iterable[str]) -> None:
     if value not in table:
-        raise UserError(f"unknown {what} {value!r}; allowed: {', '.join(table)}.{suggest(value, table)}")
+        raise UserError(f"unknown {what} {shown(value)}; allowed: {', '.join(table)}.{suggest(value, table)}")
 
 
 def _row(family: str, size: str) -> dict[str, Any]:
@@ -78,8 +78,8 @@ def list_backbones() -> list[str]:
 
 def preset_config(arch: str) -> BackboneConfig:
     """The config of a preset; an unknown name raises UserError with the nearest valid one."""
-    if arch not in PRESETS:
-        raise UserError(f"unknown backbone {arch!r}.{suggest(arch, PRESETS)} Known: {', '.join(PRESETS)}.")
+    if not isinstance(arch, str) or arch not in PRESETS:
+        raise UserError(f"unknown backbone {shown(arch)}.{suggest(str(arch), PRESETS)} Known: {', '.join(PRESETS)}.")
     return BackboneConfig(arch=arch, **PRESETS[arch])
 
 
