@@ -20,7 +20,7 @@ from .layers.gr_kan import GroupRational, start_coefficients
 from .layers.resample import Grid, resample_tokens
 from .layers.starts import STARTS
 from .utils.digest import check_weights
-from .utils.errors import UserError
+from .utils.errors import UserError, escaped
 from .utils.files import save_weights
 
 _ANCHOR = "patch_embed.proj.weight"  # every ViT has it: what stands before it is the wrapper's prefix
@@ -115,7 +115,7 @@ def load_weights(network: nn.Module, source: str | Path, min_match: float = 0.9,
         for name, tensor in new.items():
             target[name].copy_(tensor)
     if not quiet:
-        print(report, flush=True)
+        print(escaped(report), flush=True)
     return report
 
 

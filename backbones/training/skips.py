@@ -5,7 +5,7 @@ import multiprocessing
 import sys
 from multiprocessing import sharedctypes
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, escaped
 
 
 class SkipCounter:
@@ -27,7 +27,7 @@ class SkipCounter:
         with self._lock:
             seen, self._flags[index] = self._flags[index], 1
         if not seen:
-            print(f"warning: skipped unreadable image {path} ({error})", file=sys.stderr, flush=True)
+            print(escaped(f"warning: skipped unreadable image {path} ({error})"), file=sys.stderr, flush=True)
         self.check(path)
 
     @property

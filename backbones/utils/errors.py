@@ -1,13 +1,15 @@
 """One way for every command to end on bad input: a message, a non-zero exit code, a traceback only with --debug."""
 
 import difflib
-import errno
 import itertools
+import os
 import reprlib
 import sys
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
+
+from .environment import describe_environment
 
 DEBUG_FLAG = "--debug"
 
@@ -90,15 +92,11 @@ def check_keys(where: str, keys: Iterable[str], allowed: Iterable[str]) -> None:
 
 def describe(error: BaseException) -> str | None:
     """The message for an error a user can act on, or None when the error is a defect of the program."""
-    if isinstance(error, UserError):
-        text = str(error)
-        # A DataLoader worker's exception arrives as its traceback; the message is what follows the class name.
-        return text.rsplit("UserError: ", 1)[-1].strip() if "Original Traceback" in text else text
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no disk space left while writing {error.filename or 'a file'}. Free space or choose another folder."
-    if isinstance(error, PermissionError):
-        return f"no permission for {error.filename}. Choose a folder you may write to, or change its permissions."
-    return None
+    text = str(error)
+    if isinstance(error, UserError) or f"{__name__}.{UserError.__name__}: " in text:
+        # An exception of a worker or another process arrives as its traceback; the message follows the class name.
+        return text.rsplit(f"{UserError.__name__}: ", 1)[-1].strip() if "Traceback" in text else text
+    return describe_environment(error)
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
@@ -106,16 +104,21 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     argv = sys.argv[1:]
     debug = DEBUG_FLAG in argv
     argv = [a for a in argv if a != DEBUG_FLAG]
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends no run
     try:
-        sys.exit(main(argv) or 0)
+        code = main(argv) or 0
+        sys.stdout.flush()
+        sys.exit(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         message = describe(error)
         if debug:
-            traceback.print_exc()
-        if message is None:
-            message = f"{type(error).__name__}: {error} (a defect of this program; run again with {DEBUG_FLAG})"
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2 if describe(error) is not None else 1)
+            print(escaped(traceback.format_exc()), file=sys.stderr)
+        defect = f"{type(error).__name__}: {error} (a defect of this program; run again with {DEBUG_FLAG})"
+        print(f"error: {escaped(defect if message is None else message)}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        sys.exit(1 if message is None else 2)

@@ -13,6 +13,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from backbones.utils.errors import escaped
+
 mpl.use("Agg")
 Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]
@@ -39,7 +41,7 @@ def class_color(index: int) -> Color:
 
 def literal(text: str) -> str:
     """``text`` as Matplotlib draws it letter by letter: a dollar sign begins no formula."""
-    return text.replace("$", r"\$")
+    return escaped(text).replace("$", r"\$")
 
 
 def file_name(text: str) -> str:

@@ -117,7 +117,7 @@ def _draw_curves(found: list[tuple[str, bool, Curve]], rows: list[str], label: s
             thin = axis.plot(*zip(*points, strict=True), color=style["color"], linestyle=":", linewidth=0.8)[0]
             handles.setdefault(row, thin)
     axis.set_xlabel("epoch", fontsize=9)
-    axis.set_ylabel(label, fontsize=9)
+    axis.set_ylabel(literal(label), fontsize=9)
     axis.tick_params(labelsize=8.5)
     axis.grid(alpha=0.3)
     legend_below(figure, list(handles.values()), list(handles))
