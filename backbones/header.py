@@ -8,7 +8,7 @@ from typing import Any
 
 from .config import BackboneConfig
 from .utils.documents import parse_json
-from .utils.errors import UserError, shown
+from .utils.errors import UserError, check_name, shown
 
 _MAPPINGS = ("backbone", "backbone_config", "config", "dataset_meta", "detection_config", "extra", "settings")
 
@@ -24,6 +24,8 @@ def parse_header(raw: Mapping[str, str], path: str | Path) -> dict[str, Any]:
         _check(values, key, isinstance(values.get(key), Mapping), "a mapping", path)
     _check(values, "task", isinstance(values.get("task"), str), "a name", path)
     _check(values, "classes", _all(values.get("classes"), lambda v: isinstance(v, str)), "a list of names", path)
+    for name in values.get("classes") or []:
+        check_name(f"{path}: a class in its header", name)
     transform = values["transform"] if isinstance(values.get("transform"), Mapping) else values
     for key in ("mean", "std"):
         numbers = transform.get(key)

@@ -18,9 +18,10 @@ from backbones.training.images import MAX_PIXELS, UnreadableImageError, read_ima
 from backbones.training.processes import Processes
 from backbones.training.rng import sample_seed
 from backbones.training.skips import SkipCounter
-from backbones.utils.errors import UserError
+from backbones.utils.errors import UserError, check_name
 
 from .config import Recipe
+from .folders import check_folder, check_tar
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "validation", "valid", "eval", "test")
@@ -45,18 +46,25 @@ class ReaderSource:
     def __init__(self, path: Path, classes: list[str] | None = None):
         self.path, self.max_pixels = path, MAX_PIXELS
         options: dict[str, Any] = {"class_map": {name: i for i, name in enumerate(classes)}} if classes else {}
-        if path.suffix == ".tar":
+        tar = path.suffix == ".tar"
+        if tar:
+            check_tar(path)
             options["cache_tarinfo"] = False  # timm's cache is a pickle beside the data
+        else:
+            check_folder(path)
         try:
             self.reader = create_reader("", root=str(path), **options)
         except RuntimeError as error:
             raise UserError(
                 f"{path} holds no images ({error}). Put each class's images in a folder of its own."
             ) from None
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error}. It is damaged or not a tar file.") from None
-        tar = path.suffix == ".tar"
+        except (OSError, tarfile.TarError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"cannot read {path}: {error}. It is damaged or holds no images in folders of classes."
+            ) from None
         self.classes = list(self.reader.class_name_to_idx if tar else self.reader.class_to_idx)
+        for name in filter(None, self.classes):
+            check_name(f"the name of a class in {path}", name)
         if not len(self.reader):
             raise UserError(f"{path} holds no images. Put each class's images in a folder of its own.")
 
@@ -165,7 +173,7 @@ def open_split(root: str, split: str, names: tuple[str, ...], classes: list[str]
     if any((folder / name).is_dir() for name in ("cifar-10-batches-py", "cifar-100-python")):
         return CifarSource(folder, train="train" in names)
     candidates = [folder / f"{name}{suffix}" for name in ([split] if split else names) for suffix in ("", ".tar")]
-    path = next((p for p in candidates if p.is_dir() or (p.suffix == ".tar" and p.is_file())), None)
+    path = next((p for p in candidates if (p.is_file() if p.suffix == ".tar" else p.is_dir())), None)
     if path is None:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         wanted = " or ".join(repr(name) for name in ([split] if split else names))

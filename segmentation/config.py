@@ -16,6 +16,7 @@ from backbones.training.images import MAX_PIXELS
 from backbones.utils.errors import UserError, check_choice, check_keys
 
 from .datasets import class_metainfo, class_weights
+from .limits import check_limits
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 
@@ -41,10 +42,16 @@ def load_config(
     if not path.is_file():
         known = ", ".join(sorted(p.name for p in CONFIG_FOLDER.glob("upernet_*.py")))
         raise UserError(f"the config {path} does not exist. In segmentation/configs there are {known}.")
+    if path.suffix != ".py":  # of YAML, mmengine makes objects of any class
+        raise UserError(
+            f"the config {path} is no Python file. Write it as those in segmentation/configs, ending in .py."
+        )
     try:
         cfg = Config.fromfile(path)
-    except (SyntaxError, KeyError, OSError, TypeError) as error:
-        raise UserError(f"the config {path} cannot be read: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a config is a program, which fails in any way
+        raise UserError(f"the config {path} cannot be read: {type(error).__name__}: {error}") from error
     if size is not None:
         check_choice("size", size, SIZES["vit"])
         cfg.merge_from_dict(Config.fromfile(CONFIG_FOLDER / "sizes" / f"{size}.py").to_dict())
@@ -54,6 +61,7 @@ def load_config(
     if work_dir is not None or cfg.get("work_dir") is None:
         cfg.work_dir = str(work_dir or Path("runs") / f"seg_{path.stem}{f'_{size}' if size else ''}")
     register_all_modules(init_default_scope=True)
+    check_limits(cfg)
     derive(cfg)
     return cfg
 

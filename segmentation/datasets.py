@@ -12,7 +12,7 @@ from mmseg.registry import DATA_SAMPLERS, DATASETS
 from backbones.training.images import UnreadableImageError
 from backbones.training.rng import seed_everything
 from backbones.training.skips import SkipCounter
-from backbones.utils.errors import UserError
+from backbones.utils.errors import UserError, check_name
 from backbones.utils.files import read_json
 
 from .transforms import IGNORE, MAX_CLASSES, read_mask
@@ -147,4 +147,6 @@ def class_metainfo(data_root: str | Path) -> dict[str, Any]:
     valid = isinstance(names, list) and all(isinstance(n, str) and n for n in names) and len(set(names)) == len(names)
     if not valid or not 1 <= len(names) <= MAX_CLASSES:
         raise UserError(f"{path} must be a JSON list of 1 to {MAX_CLASSES} different names, for mask values 1, 2, ...")
+    for name in names:
+        check_name(f"a class in {path}", name)
     return {"classes": names}

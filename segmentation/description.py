@@ -16,7 +16,7 @@ from backbones.config import BackboneConfig
 from backbones.header import check_fits
 from backbones.layer_config import AttentionConfig, FfnConfig
 from backbones.models.presets import preset_config
-from backbones.utils.errors import UserError, check_choice, check_keys, shown
+from backbones.utils.errors import UserError, check_choice, check_keys, check_name, shown
 
 from .transforms import MAX_CLASSES
 
@@ -187,6 +187,8 @@ def _check_meta(meta: Any, num_classes: Any, where: str) -> None:
     classes, palette = meta.get("classes"), meta.get("palette")
     if not _is_list(classes, lambda name: isinstance(name, str)) or len(classes) != num_classes:
         raise UserError(f"{where}: classes is {shown(classes)}; it must be a list of {shown(num_classes)} names.")
+    for name in classes:
+        check_name(f"{where}: a class", name)
     if palette is not None and not _is_list(palette, _is_colour):
         raise UserError(f"{where}: palette is {shown(palette)}; it must be a list of [r, g, b], each 0 to 255.")
 
