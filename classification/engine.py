@@ -82,8 +82,7 @@ def _train_epoch(run: Run, epoch: int, pace: Pace, log: MetricsLog | None, monit
             except RuntimeError:
                 if not pace.signal:  # a signal to the whole group of processes ends the workers too
                     raise
-                run.save()
-                pace.stop(run.done)
+                _save(run, log, pace)
             run.scheduler.step_update(run.done)
             logged = log and (run.done + 1) % options.log_every == 0
             if logged and monitor:
@@ -101,7 +100,7 @@ def _train_epoch(run: Run, epoch: int, pace: Pace, log: MetricsLog | None, monit
             tally.images += run.batch
             if pace.after_step(run.done) or run.done % run.steps == 0:
                 tally.seconds += time.perf_counter() - began
-                _save(run, pace)
+                _save(run, log, pace)
                 began = time.perf_counter()
     run.skips.check()
 
@@ -131,8 +130,10 @@ def train_step(run: Run, images: Tensor, targets: Tensor) -> tuple[float, float]
     return value, grad_norm
 
 
-def _save(run: Run, pace: Pace) -> None:
+def _save(run: Run, log: MetricsLog | None, pace: Pace) -> None:
     """Writes the checkpoint, keeps every k-th epoch's, and ends the program when a signal asked for it."""
+    if log:
+        log.sync()
     run.save()
     pace.saved()
     every = run.recipe.train.keep_every * run.steps

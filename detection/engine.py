@@ -119,6 +119,8 @@ def _evaluate(run: Run, journal: Journal | None) -> dict[str, Any]:
 
 def _save(run: Run, journal: Journal | None, clock: Clock, pace: Pace) -> None:
     """Writes the checkpoint, keeps every k-th, and ends the program when a signal asked for it."""
+    if journal:
+        journal.log.sync()
     run.save({"speed": clock.speed, **(journal.tally() if journal else {})})
     pace.saved()
     clock.restart()

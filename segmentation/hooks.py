@@ -122,7 +122,9 @@ class MetricsHook(Hook):
         self.is_best = False  # the last evaluation
 
     def tally(self) -> dict[str, list[float]]:
-        """What was counted since the last line of the log, and the times of iterations."""
+        """What was counted since the last line of the log, which is on the disk then, and the times of iterations."""
+        if self._log is not None:
+            self._log.sync()
         return {"norms": self._norms, "seconds": self.iteration_seconds[-_TIMES:]}
 
     def restore(self, tally: dict[str, list[float]]) -> None:

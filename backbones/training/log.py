@@ -1,7 +1,9 @@
 """What a run leaves beside its weights: metrics.jsonl, TensorBoard events, run.json, metrics.json."""
 
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..utils.files import make_folder, write_json
+from ..utils.files import make_folder, write_json, write_text
 
 _PACKAGES = (
     "torch",
@@ -40,17 +42,24 @@ class MetricsLog:
         if path.exists():
             rows = read_metrics(path) if resume_step is not None else []
             kept = [row for row in rows if resume_step is not None and row["step"] <= resume_step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_step)
 
     def write(self, step: int, epoch: float | None, split: str, values: dict[str, float]) -> None:
         """One row per value. ``split`` is train or val."""
-        for name, value in values.items():
-            value = float(value)
-            row = {"step": step, "epoch": epoch, "split": split, "name": name, "value": value}
-            self._file.write(json.dumps(row) + "\n")
+        numbers = {name: float(value) for name, value in values.items()}
+        place = {"step": step, "epoch": epoch, "split": split}
+        rows = [{**place, "name": name, "value": value} for name, value in numbers.items()]
+        # In one piece, so that a run that dies leaves all values of a step or none.
+        self._file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self._file.flush()
+        for name, value in numbers.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Waits until all rows are on the disk, as a checkpoint of their step must be."""
+        os.fsync(self._file.fileno())
 
     def values(self, split: str, name: str) -> list[float]:
         """All that was written of one figure, this run's earlier parts included."""
@@ -61,7 +70,6 @@ class MetricsLog:
         return any((row["split"], row["step"]) == (split, step) for row in self._rows())
 
     def _rows(self) -> list[dict[str, Any]]:
-        self._file.flush()
         return read_metrics(self.folder / "metrics.jsonl")
 
     def close(self) -> None:
@@ -70,13 +78,15 @@ class MetricsLog:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is dropped."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    """The rows of a metrics.jsonl; what a crash left of a step, of which a line is cut short, is dropped."""
+    rows: list[dict[str, Any]] = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            found = re.match(r'\{"step": (\d+), "epoch": [^,]*, "split": "(\w+)"', line)
+            torn = (int(found[1]), found[2]) if found else None
+            return [row for row in rows if (row["step"], row["split"]) != torn]
     return rows
 
 
