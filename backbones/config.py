@@ -78,7 +78,7 @@ class BackboneConfig:
 
     def __post_init__(self):
         self._normalize()
-        for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
+        for name in ("patch_size", "in_chans", "embed_dim", "num_heads"):
             check_positive(name, getattr(self, name), _LARGEST[name])
         for name in (
             "class_token",
@@ -123,6 +123,7 @@ class BackboneConfig:
             object.__setattr__(self, "depth", sum(self.stage_depths))
             if len(self.stage_depths) > _LARGEST["stages"]:
                 raise UserError(f"stage_depths has {len(self.stage_depths)} stages; it may have {_LARGEST['stages']}.")
+        check_positive("depth", self.depth, _LARGEST["depth"])
         if self.out_indices is None:
             object.__setattr__(self, "out_indices", (self.num_outputs - 1,))
         for name in ("out_indices", "global_blocks"):
