@@ -47,7 +47,11 @@ class Mapper(DatasetMapper):
         image = read_image(record["file_name"], self._decode, self.max_pixels, "INPUT.MAX_PIXELS")
         check_image_size(record, image)
         inputs = T.AugInput(image)
-        transforms = self.augmentations(inputs)
+        try:
+            transforms = self.augmentations(inputs)
+        except ValueError as error:  # resized, a side would be nothing
+            width, height = image.shape[1::-1]
+            raise UnreadableImageError(f"{width}x{height} pixels are too narrow to be resized") from error
         record["image"] = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
         if not self.is_train:
             record.pop("annotations", None)

@@ -11,6 +11,7 @@ from ..utils.documents import open_regular
 from ..utils.errors import escaped
 
 MAX_PIXELS = 2**28
+_MAX_RATIO = 500  # of the sides: to resize the shorter to a network's input makes the longer as large
 
 T = TypeVar("T")
 
@@ -42,6 +43,8 @@ def read_image(
             width, height = image.size
             if width * height > max_pixels:
                 raise UnreadableImageError(f"{width}x{height} are {limit}")
+            if max(width, height) > _MAX_RATIO * min(width, height):
+                raise UnreadableImageError(f"{width}x{height} pixels are too narrow to be resized")
             return use(image)
     except UnreadableImageError:
         raise
