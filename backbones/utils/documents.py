@@ -75,9 +75,9 @@ def read_text(path: str | Path, what: str, max_bytes: int) -> str:
     """A UTF-8 text file whole; only a regular file is opened, so that nothing waits on a pipe or a device."""
     try:
         with open_regular(path) as file:
-            data = file.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise UserError(f"{what}: {path} holds more than {max_bytes} bytes. Give a smaller file.")
+            if os.fstat(file.fileno()).st_size > max_bytes:
+                raise UserError(f"{what}: {path} holds more than {max_bytes} bytes. Give a smaller file.")
+            data = file.read()
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{what}: {path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
