@@ -221,8 +221,17 @@ def read_weights(source: str | Path) -> tuple[dict[str, Tensor], BackboneConfig 
             metadata, state = {}, _read_torch(path)
         config = metadata.get("backbone", metadata.get("config"))
         config = BackboneConfig.from_dict(config) if isinstance(config, Mapping) and "arch" in config else None
-        return _strip_prefix(state, path), config
+        state = _strip_prefix(state, path)
+        check_finite(state, str(path))
+        return state, config
     return _read_timm(str(source)), None
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raises UserError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{source}: {name} holds NaN or infinity. Use weights from before training diverged.")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

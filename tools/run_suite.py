@@ -20,6 +20,7 @@ from typing import Any
 
 import make_sample_data
 
+from backbones.training.folder import Claim
 from backbones.utils.errors import UserError, run_main
 from backbones.utils.files import make_folder, read_json, write_json
 from suite.plan import SAMPLE, check_settings, check_size, check_tasks, make_jobs, read_data, sample_data
@@ -63,32 +64,33 @@ def main(argv: list[str]) -> None:
     out = Path(arguments.out).resolve()
     data = None if arguments.data == "sample" else read_data(arguments.data)
     fixed = {"size": size, "data": data.to_dict() if data else f"sample, format {make_sample_data.FORMAT}"}
-    settings, rows = _extend(out, fixed | {"quick": arguments.quick}, rows, tasks, arguments.seeds)
-    if data is None:
-        amount = SAMPLE["quick" if arguments.quick else "full"]
-        data = sample_data(make_sample_data.make_sample_data(out / "data", seed=0, **amount))
-    jobs = make_jobs(rows, size, data, out, settings["seeds"], settings["tasks"], arguments.quick)
-    where = {row.name: f"--variants {arguments.variants}: " for row in variants}
-    check_settings([job for job in jobs if job.seed == 0], where)
-    write_json(out / "suite.json", settings | {"rows": [row.to_dict() for row in rows]})
-    failures = run_jobs(jobs, slots)
-    speed = measure_rows(rows, size, out / "speed.json")
+    with Claim(out):
+        settings, rows = _extend(out, fixed | {"quick": arguments.quick}, rows, tasks, arguments.seeds)
+        if data is None:
+            amount = SAMPLE["quick" if arguments.quick else "full"]
+            data = sample_data(make_sample_data.make_sample_data(out / "data", seed=0, **amount))
+        jobs = make_jobs(rows, size, data, out, settings["seeds"], settings["tasks"], arguments.quick)
+        where = {row.name: f"--variants {arguments.variants}: " for row in variants}
+        check_settings([job for job in jobs if job.seed == 0], where)
+        write_json(out / "suite.json", settings | {"rows": [row.to_dict() for row in rows]})
+        failures = run_jobs(jobs, slots)
+        speed = measure_rows(rows, size, out / "speed.json")
 
-    from report.page import print_table, write_report
-    from report.results import collect
+        from report.page import print_table, write_report
+        from report.results import collect
 
-    shown = settings | {"seeds": list(range(settings["seeds"]))}
-    results = collect(rows, jobs, failures, data, shown, out)
-    print_table(results, speed)
-    report = write_report(results, speed, jobs, data, out)
-    print(f"report: {report} (and results.json beside it), {(time.monotonic() - began) / 60:.1f} minutes")
-    if failures:
-        name, end = next(iter(failures.items()))
-        raise UserError(
-            f"{len(failures)} of {len(jobs)} runs failed. The first, {name}, ended with:\n"
-            + "\n".join(f"  {line}" for line in end.splitlines())
-            + "\nMend the cause and give the same command again: finished runs are kept."
-        )
+        shown = settings | {"seeds": list(range(settings["seeds"]))}
+        results = collect(rows, jobs, failures, data, shown, out)
+        print_table(results, speed)
+        report = write_report(results, speed, jobs, data, out)
+        print(f"report: {report} (and results.json beside it), {(time.monotonic() - began) / 60:.1f} minutes")
+        if failures:
+            name, end = next(iter(failures.items()))
+            raise UserError(
+                f"{len(failures)} of {len(jobs)} runs failed. The first, {name}, ended with:\n"
+                + "\n".join(f"  {line}" for line in end.splitlines())
+                + "\nMend the cause and give the same command again: finished runs are kept."
+            )
 
 
 def _extend(

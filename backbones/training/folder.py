@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,24 @@ class Claim:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
+
+
+def wait_until_free(path: Path, seconds: float = 60.0) -> None:
+    """Returns when no process holds a folder that exists.
+
+    Raises:
+        UserError: when one still does after so long.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            Claim(path).release()
+        except UserError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+        else:
+            return
 
 
 @contextmanager

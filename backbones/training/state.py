@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import read_metadata, read_tensors
+from ..checkpoint import check_finite, read_metadata, read_tensors
 from ..utils.digest import check_seal, damaged, seal
 from ..utils.errors import UserError
 from ..utils.files import FORMAT, atomic_path, save_weights
@@ -81,13 +81,6 @@ def load_model(path: str | Path) -> dict[str, Tensor]:
     state = read_tensors(Path(path))
     check_finite(state, str(path))
     return state
-
-
-def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Raises UserError naming the first tensor that holds NaN or infinity."""
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{source}: {name} holds NaN or infinity. Use weights from before training diverged.")
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -77,8 +78,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=False, default=str) + "\n")
+    """Writes ``value`` as indented JSON, whole or not at all; NaN and infinity, which JSON has not, as null."""
+    write_text(path, json.dumps(_finite(value), indent=2, sort_keys=False, default=str) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_weights(path: str | Path, state: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+from backbones.training.folder import wait_until_free
 from backbones.utils.files import make_folder, read_json
 
 from .plan import ROOT, Job
@@ -88,8 +89,8 @@ def _next(waiting: list[Job], jobs: list[Job]) -> Job | None:
 
 
 def _start(job: Job, slot: int, slots: int) -> subprocess.Popen:
+    wait_until_free(make_folder(job.folder))  # a run of a killed suite ends its step first
     resume = ["--resume"] if job.resumable() else []
-    make_folder(job.folder)
     threads = max(1, (os.cpu_count() or 1) // slots)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTORCH_JIT": "0", "PYTHONUNBUFFERED": "1"}
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
