@@ -31,7 +31,29 @@ def parse_header(raw: Mapping[str, str], path: str | Path) -> dict[str, Any]:
         numbers = transform.get(key)
         valid = _all(numbers, lambda v: type(v) in (int, float) and math.isfinite(v)) and len(numbers) == 3
         _check(transform, key, valid, "three finite numbers", path)
+    extra = values.get("extra") or {}
+    for key, holder in (("category_ids", extra), ("categories", values)):
+        items = holder.get(key)
+        ids = items if key == "category_ids" else [v[0] if _all(v, lambda _: True) and v else v for v in items or []]
+        _check(holder, key, isinstance(items, list) and _all(ids, lambda v: type(v) is int), "whole numbers", path)
+    for key in ("backbone", "backbone_config", "config"):
+        _check_size(values.get(key), path)
+    for key in ("settings", "detection_config"):
+        model = (values.get(key) or {}).get("MODEL")
+        _check_size(model.get("VIT") if isinstance(model, Mapping) else None, path)
     return values
+
+
+def _check_size(backbone: Any, path: str | Path) -> None:
+    """Raises UserError when the file is too small for the projections of the blocks that it describes."""
+    if not isinstance(backbone, Mapping):
+        return
+    width, depth = (v if type(v) is int and v > 0 else 1 for v in (backbone.get("embed_dim"), backbone.get("depth")))
+    if width > 1 and depth * width**2 > Path(path).stat().st_size:
+        raise UserError(
+            f"{path} describes a backbone of width {shown(width)} and depth {shown(depth)}, and is too small to hold "
+            "it. Its header is damaged: copy the file again."
+        )
 
 
 def check_fits(config: BackboneConfig, path: str | Path) -> None:

@@ -39,7 +39,7 @@ def refused(message=""):
     signal.alarm(60)
     try:
         with pytest.raises(UserError) as caught:
-            yield
+            yield caught
     finally:
         signal.alarm(0)
     text = str(caught.value)
