@@ -12,10 +12,10 @@ ARGS ?=
 TEST_ENV := OMP_NUM_THREADS=1 PYTORCH_JIT=0 TRITON_INTERPRET=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format lock doctor clean
+.PHONY: help setup demo test test-faults lint format lock doctor clean
 
 help: ## what each target does
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: ## make .venv from requirements.lock; does nothing when it is up to date
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found (tried python3.11, python3.12, python3, python)." \
@@ -27,6 +27,9 @@ demo: setup ## compare small backbones on generated data, one seed: runs/demo/re
 
 test: setup ## every test, on the CPU (ARGS="-k name" chooses)
 	$(TEST_ENV) $(PY) -m pytest -n 2 $(ARGS)
+
+test-faults: setup ## faults and hostile input alone, in all three tasks (ARGS="-k hostile" chooses)
+	$(TEST_ENV) $(PY) -m pytest tests/faults $(ARGS)
 
 lint: setup ## ruff: style and format
 	$(PY) -m ruff check .

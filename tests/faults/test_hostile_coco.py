@@ -138,6 +138,27 @@ def test_run_lengths_are_read_as_pycocotools_writes_them():
         assert rle_counts(text, height * width + 1) is None
 
 
+def compressed(counts):
+    """COCO's text of run lengths, also of those that no image has."""
+    text = ""
+    for place, count in enumerate(counts):
+        left = count - counts[place - 2] if place > 2 else count
+        more = True
+        while more:
+            part, left = left & 31, left >> 5
+            more = left != (-1 if part & 16 else 0)
+            text += chr(48 + part + 32 * more)
+    return text
+
+
+def test_run_lengths_below_nothing_or_past_the_image():
+    from detection.coco import rle_counts
+
+    assert rle_counts(compressed([100, 50, 1050]), 1200) == [100, 50, 1050]
+    for counts in ([1300, -100], [0, 2**40, -(2**40) + 1200], [100, 50, 1051], [-1, 1201], [2400, 0, -1200]):
+        assert rle_counts(compressed(counts), 1200) is None
+
+
 def test_mutated_datasets_are_taken_or_refused(tmp_path):
     from pycocotools import mask
 
