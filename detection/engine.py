@@ -61,7 +61,7 @@ def _train(run: Run, journal: Journal | None, clock: Clock) -> dict[str, Any]:
     monitor = OperatorMonitor(run.model, trunk, run.optimizer) if journal and cfg.SOLVER.LOG_OPERATORS else None
     batches = iter(run.batches())
     run.network.train()
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] | None = None
     with EventStorage(run.done), Pace(cfg.SOLVER.CHECKPOINT_MINUTES, cfg.SOLVER.CHECKPOINT_STEPS) as pace:
         if _evaluation_is_due(run) and not agree(int(journal is not None and journal.log.has("val", run.done)))[0]:
             figures = _evaluate(run, journal)  # the run stopped between the checkpoint and this
@@ -91,7 +91,8 @@ def _train(run: Run, journal: Journal | None, clock: Clock) -> dict[str, Any]:
             if evaluated:
                 figures = _evaluate(run, journal)
                 clock.restart()
-    figures = figures or evaluate(cfg, run.model, run.test_set.name)
+    if figures is None:
+        figures = evaluate(cfg, run.model, run.test_set.name)
     return _finish(run, figures, clock) if run.is_main else {}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmseg.registry import HOOKS
@@ -83,6 +83,11 @@ class ContractHook(Hook):
         skipped = runner.train_dataloader.dataset.skips.marked
         checkpoint |= {"format": FORMAT, **runner.contract.to_dict(), "skipped": skipped}
         checkpoint["tally"] = metrics_hook(runner).tally()
+
+    def before_val_epoch(self, runner) -> None:
+        # Plain batch norms have statistics of their own in each process; those of the main one are saved.
+        for buffer in runner.model.buffers():
+            broadcast(buffer)
 
     def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
         details = validation_details(runner)

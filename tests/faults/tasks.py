@@ -79,7 +79,9 @@ class Task:
             **{"schedule.val_epochs": 0.25, "train_dataloader.batch_size": 2, "val_dataloader.dataset.indices": 2},
             **{"model.backbone.drop_path": 0.2, "default_hooks.checkpoint.interval": 2, "log_interval": 1, **changes},
         }
-        return train(load_config(CONFIG_FOLDER / "upernet_karkat.py", "nano", settings, folder), resume)
+        cfg = load_config(CONFIG_FOLDER / "upernet_karkat.py", "nano", settings, folder)
+        cfg.launcher = "pytorch" if "RANK" in os.environ else "none"
+        return train(cfg, resume)
 
     def data_copy(self, folder: Path) -> "Task":
         """The same with data of its own, which a test may damage."""
@@ -89,14 +91,40 @@ class Task:
         return Task(self.name, folder)
 
 
-def run_with_fault(task: Task, folder: Path, resume: bool, number: int, moment: str, count: int, log: Path) -> None:
-    """Trains in this process, which gets the signal ``number`` at the ``count``-th time of a moment; then exits."""
+def run_rank(
+    task: Task, folder: Path, resume: bool, rank: int, port: int, fault: tuple[int, int] | None, log: Path
+) -> None:
+    """Trains as one of two processes, which gets a signal at a step: ``fault`` is (number, step); then exits."""
+    from backbones.utils.errors import run_main
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    _quietly(log)
+
+    def train(_words: list[str]) -> None:
+        if task.name == "detection":
+            from train_net import join_torchrun
+
+            join_torchrun()
+        place, (number, count) = _PLACES[task.name]["step"], fault or (0, 0)
+        with mock.patch(place, _signalling(_found(place), number, count)):
+            task.train(folder, resume=resume)
+
+    run_main(train)
+
+
+def _quietly(log: Path) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.argv = ["tool.py", "settings"]
-    place = SAVE if moment == "save" else _PLACES[task.name][moment]
     torch.set_num_threads(1)
+
+
+def run_with_fault(task: Task, folder: Path, resume: bool, number: int, moment: str, count: int, log: Path) -> None:
+    """Trains in this process, which gets the signal ``number`` at the ``count``-th time of a moment; then exits."""
+    _quietly(log)
+    place = SAVE if moment == "save" else _PLACES[task.name][moment]
     with mock.patch(place, _signalling(_found(place), number, count)):
         task.train(folder, resume=resume)
 
