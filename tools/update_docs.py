@@ -21,6 +21,7 @@ PAGES: dict[str, tuple[str, dict[str, str]]] = {
         {"detection.png": "demo_detection.png", "learned_functions.png": "demo_learned_functions.png"},
     ),
     "results": ("docs/results.md", {}),
+    "size": ("docs/karat_training.md", {}),
     "placement": ("docs/results.md", {"sweep_placement_classification.top1.png": "sweep_placement.png"}),
 }
 

@@ -63,7 +63,7 @@ def read_header(path: str | Path, task: str) -> Header | dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} does not exist. Train first, or give the folder of a finished run.")
     metadata = read_metadata(path)
-    if "karvis_format" not in metadata:
+    if not {"settings", "backbone"} & metadata.keys():
         return metadata
     found = metadata.get("task")
     if found != task:

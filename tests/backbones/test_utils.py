@@ -155,5 +155,7 @@ def test_metadata_of_weights_is_json(tmp_path):
     from backbones.checkpoint import read_metadata
 
     save_weights(tmp_path / "w.safetensors", {"w": torch.ones(2)}, {"classes": ["a"], "n": 3})
-    assert read_metadata(tmp_path / "w.safetensors") == {"classes": ["a"], "n": 3}
+    found = read_metadata(tmp_path / "w.safetensors")
+    assert (found["classes"], found["n"]) == (["a"], 3)
+    assert len(str(found["sha256"])) == 64
     assert json.dumps(read_metadata(tmp_path / "w.safetensors"))
