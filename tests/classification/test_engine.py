@@ -173,9 +173,7 @@ def test_a_non_finite_loss_names_the_first_module(images, tmp_path, monkeypatch)
         return network
 
     monkeypatch.setattr(run, "create_backbone", poisoned)
-    with pytest.raises(
-        ValueError, match=r"step 0.*first non-finite output is that of blocks\.1\.mlp\.fc1"
-    ):
+    with pytest.raises(ValueError, match=r"step 0.*first non-finite output is that of blocks\.1\.mlp\.fc1"):
         engine.train(recipe(images, tmp_path / "run"))
 
 

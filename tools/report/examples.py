@@ -205,7 +205,7 @@ def _segmentation(jobs: list[Any], data: Any, more: str, count: int = 4) -> Sect
     images = [next((root / "images" / "validation").glob(f"{path.stem}.*")) for path in paths]
     maps = {"truth": [np.asarray(Image.open(path)) for path in paths]}
     maps |= {job.row: predict(job.folder, images) for job in jobs}
-    names = load_description(jobs[0].folder / WEIGHTS)[1].classes
+    names = load_description(jobs[0].folder / WEIGHTS)[1]["classes"]
     examples = [
         Example(
             f"Validation image {image.name}",
