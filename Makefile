@@ -28,8 +28,8 @@ demo: setup ## compare small backbones on generated data, one seed: runs/demo/re
 test: setup ## every test, on the CPU (ARGS="-k name" chooses)
 	$(TEST_ENV) $(PY) -m pytest -n 2 $(ARGS)
 
-test-faults: setup ## faults and hostile input alone, in all three tasks (ARGS="-k hostile" chooses)
-	$(TEST_ENV) $(PY) -m pytest tests/faults $(ARGS)
+test-faults: setup ## every fault and hostile input, in all three tasks (ARGS="-k hostile" chooses)
+	$(TEST_ENV) $(PY) -m pytest tests/faults -m "faults or not faults" $(ARGS)
 
 lint: setup ## ruff: style and format
 	$(PY) -m ruff check .
