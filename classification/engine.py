@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from backbones.training.folder import BEST, METRICS, WEIGHTS, claimed, keep
+from backbones.training.folder import BEST, METRICS, WEIGHTS, check_use, claimed, keep
 from backbones.training.groups import describe_rates
 from backbones.training.log import MetricsLog, write_provenance
 from backbones.training.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
@@ -39,10 +39,11 @@ def train(recipe: Recipe, resume: bool = False, device: str | None = None) -> di
         UserError: for data, settings or weights that do not fit, a folder that holds another run, a non-finite loss.
         SystemExit: after SIGTERM or SIGINT, when the step is done and saved.
     """
-    world = Processes(device)
+    world, setting = Processes(device), "output=FOLDER"
     try:
-        with claimed(recipe.output, resume, "output=FOLDER", world.is_main), naming_lost_ranks(resume_command()):
-            run = prepare(recipe, resume, world)
+        check_use(recipe.output, resume, setting)
+        run = prepare(recipe, resume, world)
+        with claimed(run.folder, resume, setting, run.is_main), naming_lost_ranks(resume_command()):
             _announce(run, run.load() if resume else [])
             return _train(run)
     finally:

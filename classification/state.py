@@ -6,8 +6,9 @@ from torch import nn
 
 from backbones import BackboneConfig, create_backbone
 from backbones.checkpoint import load_weights
+from backbones.header import check_fits
 from backbones.training.folder import WEIGHTS
-from backbones.training.state import Header, load_model, read_header
+from backbones.training.state import Header, read_header
 from backbones.utils.errors import UserError
 
 from .config import Recipe
@@ -43,7 +44,8 @@ def load_trained(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Head
             raise UserError(f"{path} is not a classifier trained here: its header names no config and classes.")
         transform = {key: found[key] for key in ("mean", "std") if key in found}
         found = Header(TASK, found["config"], {}, found["classes"], transform)
-    network = create_backbone(BackboneConfig.from_dict(found.backbone), weights=None)
-    load_model(path)  # its digest, and that its numbers are finite
+    config = BackboneConfig.from_dict(found.backbone)
+    check_fits(config, path)
+    network = create_backbone(config, weights=None)
     load_weights(network, path, min_match=1.0, quiet=True)
     return network.to(device).eval(), found

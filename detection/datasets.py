@@ -9,8 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from backbones.utils.documents import read_json
 from backbones.utils.errors import UserError, shown
-from backbones.utils.files import read_json
 
 from .coco import check_entries, check_masks_fit
 

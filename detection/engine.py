@@ -11,14 +11,15 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from backbones.training.folder import BEST, METRICS, WEIGHTS, claimed, keep
+from backbones.training.folder import BEST, METRICS, WEIGHTS, check_use, claimed, keep
 from backbones.training.monitor import OperatorMonitor
 from backbones.training.nonfinite import first_nonfinite, first_nonfinite_module
 from backbones.training.processes import agree, autocast_type, naming_lost_ranks
 from backbones.training.state import save_model
 from backbones.training.stopping import Pace, resume_command
+from backbones.utils.documents import read_json
 from backbones.utils.errors import UserError
-from backbones.utils.files import make_folder, read_json, write_json
+from backbones.utils.files import make_folder, write_json
 
 from .backbone import find_trunk
 from .config import load_config
@@ -43,11 +44,9 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
         UserError: for data, settings or weights that do not fit, a folder that holds another run, a non-finite loss.
         SystemExit: after SIGTERM or SIGINT, when the step is done and saved.
     """
-    with (
-        claimed(cfg.OUTPUT_DIR, resume, "OUTPUT_DIR", comm.is_main_process()),
-        naming_lost_ranks(resume_command()),
-    ):
-        run = prepare(cfg, resume)
+    check_use(cfg.OUTPUT_DIR, resume, "OUTPUT_DIR")
+    run = prepare(cfg, resume)
+    with claimed(run.folder, resume, "OUTPUT_DIR", run.is_main), naming_lost_ranks(resume_command()):
         changed, tally = run.load() if resume else ([], {})
         journal = Journal(run, changed, tally) if run.is_main else None
         with closing(journal) if journal else nullcontext():

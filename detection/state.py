@@ -11,11 +11,12 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from backbones.checkpoint import closed_gates
+from backbones.header import check_fits
 from backbones.training.folder import WEIGHTS
 from backbones.training.state import Header, check_finite, load_model, read_header
 from backbones.utils.errors import UserError
 
-from .backbone import find_trunk
+from .backbone import backbone_config, find_trunk
 from .config import get_config, merge, resolve
 
 TASK = "detection"
@@ -52,7 +53,10 @@ def load_trained(run: str | Path, device: str | None = None) -> tuple[nn.Module,
     path = Path(run) / WEIGHTS if Path(run).is_dir() else Path(run)
     found = read_header(path, TASK)
     if isinstance(found, Header):
-        settings, categories = found.settings, zip(found.extra["category_ids"], found.classes, strict=True)
+        ids = found.extra.get("category_ids") or []
+        if len(ids) != len(found.classes):
+            raise UserError(f"{path}: its header has {len(found.classes)} classes and {len(ids)} category_ids.")
+        settings, categories = found.settings, zip(ids, found.classes, strict=True)
     elif "detection_config" in found:  # from before headers were one
         settings, categories = found["detection_config"], found["categories"]
     else:
@@ -60,7 +64,9 @@ def load_trained(run: str | Path, device: str | None = None) -> tuple[nn.Module,
     cfg = get_config()
     merge(cfg, settings, str(path))
     cfg.MODEL.VIT.weights, cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = None, "", device
-    model = build_model(resolve(cfg))
+    resolve(cfg)
+    check_fits(backbone_config(cfg), path)
+    model = build_model(cfg)
     load_detector(model, path)
     return model.eval(), cfg, [(int(i), name) for i, name in categories]
 

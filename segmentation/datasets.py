@@ -12,8 +12,8 @@ from mmseg.registry import DATA_SAMPLERS, DATASETS
 from backbones.training.images import UnreadableImageError
 from backbones.training.rng import seed_everything
 from backbones.training.skips import SkipCounter
+from backbones.utils.documents import read_json
 from backbones.utils.errors import UserError, check_name
-from backbones.utils.files import read_json
 
 from .transforms import IGNORE, MAX_CLASSES, read_mask
 

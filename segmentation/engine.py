@@ -13,22 +13,23 @@ from mmengine.dist import init_dist, is_distributed, is_main_process, master_onl
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
 from mmseg.apis import inference_model
-from mmseg.registry import MODELS
 from mmseg.utils import register_all_modules
 from numpy.typing import NDArray
 from torch import nn
 
-from backbones.training.folder import CHECKPOINT, METRICS, WEIGHTS, claimed
+from backbones.training.folder import CHECKPOINT, METRICS, WEIGHTS, check_use, claimed
 from backbones.training.log import write_provenance
 from backbones.training.measure import count_gflops, count_parameters, images_per_second, peak_memory_mb
 from backbones.training.processes import agree, naming_lost_ranks
 from backbones.training.state import Contract, check_length, load_model, read_checkpoint, save_model, write_checkpoint
 from backbones.training.stopping import resume_command
+from backbones.utils.documents import read_json
 from backbones.utils.errors import UserError
-from backbones.utils.files import make_folder, read_json, write_json
+from backbones.utils.files import make_folder, write_json
 
 from . import state as files
 from .config import plan_training
+from .description import build_segmentor
 from .hooks import ContractHook, median_iteration_seconds, metrics_hook, validation_details
 
 # What may differ between a run and its continuation: where data and results are, how they are read and shown, for how
@@ -129,15 +130,13 @@ def train(cfg: Config, resume: bool = False) -> dict[str, Any]:
         UserError: for data, settings or weights that do not fit, a folder that holds another run, a non-finite loss.
         SystemExit: after SIGTERM or SIGINT, when the step is done and saved.
     """
-    settings = cfg.to_dict()
+    settings, folder = cfg.to_dict(), Path(cfg.work_dir)
+    check_use(folder, resume, "--work-dir")
     _prepare(cfg)
-    with (
-        claimed(cfg.work_dir, resume, "--work-dir", is_main_process()) as folder,
-        naming_lost_ranks(resume_command()),
-    ):
-        if resume:
-            cfg.load_from, cfg.resume, cfg.model.backbone.weights = str(folder / CHECKPOINT), True, None
-        plan, data = plan_training(cfg)
+    if resume:
+        cfg.load_from, cfg.resume, cfg.model.backbone.weights = str(folder / CHECKPOINT), True, None
+    plan, data = plan_training(cfg)
+    with claimed(folder, resume, "--work-dir", is_main_process()), naming_lost_ranks(resume_command()):
         if is_main_process():
             print("derived  " + "  ".join(f"{name} {value:g}" for name, value in plan.items()))
             write_provenance(folder, cfg.to_dict(), cfg.randomness.seed, {"data_root": cfg.data_root, **plan})
@@ -158,12 +157,13 @@ def train(cfg: Config, resume: bool = False) -> dict[str, Any]:
 def _train(runner: SegmentationRunner) -> None:
     """mmengine's loop, and an evaluation when the run was resumed after its last."""
     hook = next(hook for hook in runner.hooks if isinstance(hook, ContractHook))
-    try:
-        runner.train()
-    except RuntimeError:
-        if not hook.pace.signal:  # a signal to the whole group of processes ends the data loader's workers too
-            raise
-        hook.save(runner, runner.iter)
+    with hook.pace:
+        try:
+            runner.train()
+        except RuntimeError:
+            if not hook.pace.signal:  # a signal to the whole group of processes ends the data loader's workers too
+                raise
+            hook.save(runner, runner.iter)
     if not agree(int(validation_details(runner) is not None))[0]:
         runner.val_loop.run()
 
@@ -202,7 +202,7 @@ def load_trained(run_dir: str | Path, device: str | torch.device | None = None) 
         raise UserError(f"{path} does not exist. Train with tools/train_seg.py --work-dir {run_dir} first.")
     register_all_modules(init_default_scope=True)
     description, meta = files.load_description(path)
-    model = revert_sync_batchnorm(MODELS.build(description.model))
+    model = revert_sync_batchnorm(build_segmentor(description, path))
     files.load_into(model, load_model(path), path)
     model.cfg, model.dataset_meta = description, meta
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()

@@ -50,10 +50,9 @@ class ContractHook(Hook):
             if not isinstance(value, int | float) or value < (name == "interval"):
                 raise UserError(f"default_hooks.checkpoint.{name} is {value!r}; it must be a number, 0 or more.")
         self.interval, self.keep = interval, keep
-        self.pace = Pace(minutes, interval)
+        self.pace = Pace(minutes, interval)  # entered around mmengine's loop
 
     def before_train(self, runner) -> None:
-        self.pace.__enter__()
         due = runner.iter and (runner.iter % runner.train_loop.val_interval == 0 or runner.iter == runner.max_iters)
         told = metrics_hook(runner).has_evaluated(runner.iter)
         if due and not agree(int(told))[0]:  # the run stopped between the checkpoint and this
@@ -95,9 +94,6 @@ class ContractHook(Hook):
             return
         if metrics_hook(runner).is_best:
             runner.save_model(BEST)
-
-    def after_train(self, runner) -> None:
-        self.pace.__exit__(None, None, None)
 
 
 def _is_plain(value: Any) -> bool:

@@ -26,6 +26,8 @@ FORBIDDEN = {
     "tools/suite": {"report"},
     "backbones/models": {"training"},
     "backbones/layers": {"models", "training"},
+    "backbones/ops": {"layers", "models", "training"},
+    "backbones/utils": {"layers", "models", "ops", "training"},
 }
 
 

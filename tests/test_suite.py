@@ -138,8 +138,8 @@ def test_settings_of_a_variant_reach_all_three_tasks_and_no_pretraining_is_done_
         ("3", "it holds 3"),
         ("a: [", "not valid YAML"),
         ("? [a]\n: {family: vit}", "not valid YAML"),
-        ("a: {family: vit}\na: {family: kat}", "'a' is named twice"),
-        ("a: {family: vit, family: kat}", "'family' is named twice"),
+        ("a: {family: vit}\na: {family: kat}", "'a' is given twice"),
+        ("a: {family: vit, family: kat}", "'family' is given twice"),
         ("vit: {family: vit}", "'vit' is named twice"),
         ("a: 3", "row 'a' is 3; it must hold keys"),
         ("a: {family: swim}", "family is 'swim'; allowed: vit,.*Did you mean 'swin'"),
@@ -169,7 +169,7 @@ def test_settings_of_a_variant_reach_all_three_tasks_and_no_pretraining_is_done_
 )
 def test_a_wrong_variants_file_is_named_with_row_and_value(tmp_path, text, message):
     with pytest.raises(
-        ValueError, match=rf"(?s)--variants .*variants.yaml.*{message}" if "variants" not in message else message
+        ValueError, match=rf"(?s)--variants:? .*variants.yaml.*{message}" if "variants" not in message else message
     ):
         variants(tmp_path, text, [Row("vit", "vit")])
 

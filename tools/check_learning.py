@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from backbones.utils.documents import read_json
 from backbones.utils.errors import UserError, run_main
-from backbones.utils.files import read_json
 
 # A network whose operators are never trained has 4.7 times chance, one that only averages tokens 3.8 (docs/results.md):
 # below 3 times, training has destroyed something.

@@ -17,8 +17,9 @@ from sample_data.layouts import CATEGORY_IDS, SEGMENTATION_CLASSES, SPLITS, writ
 from sample_data.relations import RELATIONS
 from sample_data.scenes import CLASSES
 
+from backbones.utils.documents import read_json
 from backbones.utils.errors import UserError, run_main
-from backbones.utils.files import make_folder, read_json, write_json
+from backbones.utils.files import make_folder, write_json
 
 MARKER = "sample_data.json"
 FORMAT = 2  # raised when the same settings give other files

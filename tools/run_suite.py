@@ -21,8 +21,9 @@ from typing import Any
 import make_sample_data
 
 from backbones.training.folder import Claim
+from backbones.utils.documents import read_json
 from backbones.utils.errors import UserError, run_main
-from backbones.utils.files import make_folder, read_json, write_json
+from backbones.utils.files import make_folder, write_json
 from suite.plan import SAMPLE, check_settings, check_size, check_tasks, make_jobs, read_data, sample_data
 from suite.rows import TASKS, Row, named_rows
 from suite.runner import default_jobs, run_jobs

@@ -7,14 +7,19 @@
 
 import argparse
 import logging
+import multiprocessing
 import os
+import signal
+import sys
 import warnings
+from types import FrameType
 
 os.environ.setdefault("PYTORCH_JIT", "0")  # Detectron2 scripts small functions on import, slowly
 
 import torch
 from detectron2.engine import launch
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
 
 from backbones.utils.errors import UserError, run_main
 from detection.config import load_config
@@ -72,7 +77,21 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--num-gpus is {args.num_gpus}; this machine has {gpus}.")
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("--num-machines needs --dist-url tcp://HOST:PORT of machine 0.")
-    launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    if args.num_gpus > 1:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, forward)
+    try:
+        launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    except ProcessExitedException as error:
+        if error.exit_code in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+            sys.exit(error.exit_code)  # it saved and said how to continue
+        raise
+
+
+def forward(number: int, _frame: FrameType | None) -> None:
+    """Has the processes of the run, which this one only waits for, stop as they were asked to."""
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, number)
 
 
 if __name__ == "__main__":

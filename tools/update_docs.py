@@ -9,8 +9,9 @@ import argparse
 import shutil
 from pathlib import Path
 
+from backbones.utils.documents import read_json
 from backbones.utils.errors import UserError, run_main
-from backbones.utils.files import read_json, write_json, write_text
+from backbones.utils.files import write_json, write_text
 from report.page import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]

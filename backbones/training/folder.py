@@ -86,17 +86,17 @@ def wait_until_free(path: Path, seconds: float = 60.0) -> None:
 
 @contextmanager
 def claimed(path: str | Path, resume: bool, setting: str, is_main: bool) -> Iterator[Path]:
-    """The folder of a run while the run goes on: checked for its use, and the main process's alone.
+    """The folder of a run while the run goes on, the main process's alone.
 
     Args:
-        resume, setting: see ``check_use``.
+        resume, setting: see ``check_use``, which a run asks first of all; here it is asked again, for another run may
+            have ended while this one read its data.
     """
-    check_use(path, resume, setting)
     if not is_main:
         yield Path(path)
         return
     with Claim(path):
-        check_use(path, resume, setting)  # a run may have ended in between
+        check_use(path, resume, setting)
         yield Path(path)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from . import digest
-from .documents import read_json  # noqa: F401 - beside write_json, for its users
 from .errors import UserError
 
 FORMAT = 2  # of checkpoints and weights: with one header, and with a digest that must be there

@@ -15,8 +15,9 @@ from backbones.training.log import MetricsLog, read_metrics
 from backbones.training.measure import count_gflops, count_parameters, images_per_second
 from backbones.training.rng import random_state, sample_seed, set_random_state
 from backbones.training.skips import SkipCounter
+from backbones.utils.documents import read_json
 from backbones.utils.errors import UserError, describe, run_main, suggest
-from backbones.utils.files import atomic_path, read_json, save_weights, write_json
+from backbones.utils.files import atomic_path, save_weights, write_json
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +11,7 @@ from backbones import create_backbone
 from backbones.config import BackboneConfig
 from backbones.models.presets import preset_config
 from backbones.training.measure import count_parameters
+from backbones.utils.documents import parse_yaml
 from backbones.utils.errors import UserError
 
 from .options import DTYPES
@@ -41,7 +41,7 @@ def parse_network(text: str, maps: int | None = None) -> BackboneConfig:
         if not equals or not re.fullmatch(r"\w+(\.\w+)?", key):
             raise UserError(f"{text!r} holds {setting!r}; settings are +KEY=VALUE, such as +attention.order=phi_w.")
         section, _, name = key.rpartition(".")
-        (merged.setdefault(section, {}) if section else merged)[name] = yaml.safe_load(value)
+        (merged.setdefault(section, {}) if section else merged)[name] = parse_yaml(value, f"{text!r}: {key}")
     return config.merged(merged)
 
 

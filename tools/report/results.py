@@ -11,7 +11,8 @@ import torch
 from backbones import create_backbone
 from backbones.training.log import git_commit
 from backbones.training.measure import count_gflops, count_parameters
-from backbones.utils.files import read_json, write_json
+from backbones.utils.documents import read_json
+from backbones.utils.files import write_json
 from suite.plan import Data, Job
 from suite.rows import Row
 

@@ -11,8 +11,8 @@ import yaml
 
 from backbones.models.presets import FAMILIES, preset_name
 from backbones.training.folder import CHECKPOINT, METRICS, WEIGHTS
+from backbones.utils.documents import read_json, read_yaml
 from backbones.utils.errors import UserError, check_keys
-from backbones.utils.files import read_json
 
 from .rows import TASKS, Row
 
@@ -109,14 +109,7 @@ def sample_data(folder: Path) -> Data:
 
 def read_data(path: str) -> Data:
     """Reads the data file: per task its paths, and an optional ``overrides`` list of that task's own settings."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(
-            f"--data {path} does not exist. Give 'sample' or a YAML file with the paths of your data."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {path} is not valid YAML: {error}") from None
+    values = read_yaml(path, "--data")
     if not isinstance(values, dict):
         raise UserError(f"--data {path} must hold the keys {', '.join(TASKS)}.")
     check_keys(path, values, (*TASKS, _GROUPS))

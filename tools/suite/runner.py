@@ -8,7 +8,8 @@ import sys
 import time
 
 from backbones.training.folder import wait_until_free
-from backbones.utils.files import make_folder, read_json
+from backbones.utils.documents import read_json
+from backbones.utils.files import make_folder
 
 from .plan import ROOT, Job
 

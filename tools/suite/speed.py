@@ -26,7 +26,8 @@ def measure_rows(rows: Sequence[Row], size: str, path: Path) -> dict[str, dict[s
         step of BATCH images (None where this system cannot tell), each with ROUNDS values. A row whose measurement
         failed, for want of memory for example, is left out, and measured again by the next call.
     """
-    from backbones.utils.files import read_json, write_json
+    from backbones.utils.documents import read_json
+    from backbones.utils.files import write_json
 
     known = read_json(path, "speed") if path.is_file() else {}
     missing = [row for row in rows if row.name not in known]

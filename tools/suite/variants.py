@@ -2,16 +2,14 @@
 
 import itertools
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from backbones.config import BackboneConfig
 from backbones.layer_config import AttentionConfig, FfnConfig
 from backbones.models.presets import FAMILIES
+from backbones.utils.documents import read_yaml
 from backbones.utils.errors import UserError, check_keys, suggest
 
 from .rows import CONTROLS, TASKS, Row, check_unique, controlled
@@ -36,15 +34,7 @@ def read_variants(path: str, size: str, known: Sequence[Row] = ()) -> list[Row]:
     Raises:
         UserError: naming file, row, value and what is allowed.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.load(text, _UniqueKeys)  # a SafeLoader
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(
-            f"--variants {path} does not exist. Give a YAML file with a family and settings per row."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"--variants {path} is not valid YAML: {error}") from None
+    values = read_yaml(path, "--variants")
     if not isinstance(values, Mapping) or not values:
         raise UserError(f"--variants {path} must map names of rows to their settings; it holds {_what(values)}.")
     rows: list[Row] = []
@@ -58,18 +48,6 @@ def read_variants(path: str, size: str, known: Sequence[Row] = ()) -> list[Row]:
     except UserError as error:
         raise UserError(f"--variants {path}: {error}") from None
     return rows
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML without a key that appears twice, of which the first would be lost without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is named twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _variant(name: Any, given: Any) -> list[Row]:
