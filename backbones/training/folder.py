@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -125,7 +126,10 @@ def keep(folder: Path, step: int) -> None:
     """Keeps the checkpoint as it is now beside those that will take its place."""
     kept = folder / f"checkpoint-{step:08d}.pth"
     kept.unlink(missing_ok=True)
-    os.link(folder / CHECKPOINT, kept)
+    try:
+        os.link(folder / CHECKPOINT, kept)
+    except OSError:  # a file system without links
+        shutil.copyfile(folder / CHECKPOINT, kept)
 
 
 def _in_use(path: str | Path, holder: str) -> str:

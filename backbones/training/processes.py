@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 
+from ..utils.environment import is_of_a_lost_rank
 from ..utils.errors import UserError
 from .rng import random_state
 
@@ -110,7 +111,7 @@ def naming_lost_ranks(resume_with: str) -> Iterator[None]:
     except RuntimeError as error:
         lost = [peer for peer in peers if peer.rank != rank() and peer.is_dead]
         elsewhere = [peer for peer in peers if peer.host != socket.gethostname()]
-        if not lost and not elsewhere and not isinstance(error, dist.DistError):
+        if not lost and not is_of_a_lost_rank(error):
             raise
         who = lost or elsewhere
         names = ", ".join(f"rank {peer.rank} (process {peer.process} on {peer.host})" for peer in who[:8])

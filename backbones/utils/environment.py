@@ -29,10 +29,11 @@ _WORKER = (
     "workers (0 loads in the main process) or the batch size, and continue with --resume."
 )
 _RANK = "another process of this run was lost ({reason}). See its own message, and continue all with --resume."
+_OF_RANKS = ("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Socket Timeout")
 _TEXTS = (  # parts of the messages of errors without a class of their own
     (("DataLoader worker",), ("exited unexpectedly", "killed by signal", "Bus error", "shared memory"), _WORKER),
     (("unable to", "Unexpected bus error"), ("shared memory", "open shared", "mmap"), _WORKER),
-    (("gloo", "Connection closed by peer", "Connection reset by peer", "NCCL", "Socket Timeout"), (), _RANK),
+    (_OF_RANKS, (), _RANK),
     (("terminated with signal", "terminated with exit code"), (), _RANK),
     (("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory"), (), _MEMORY),
     (("No space left on device",), (), _CODES[errno.ENOSPC].format(file="a file")),
@@ -61,6 +62,12 @@ def describe_environment(error: BaseException) -> str | None:
     elif isinstance(error, RuntimeError) or "SafetensorError" in classes or "ProcessRaisedException" in classes:
         message = _of_text(str(error))
     return message and message.replace("{reason}", reason[:300])
+
+
+def is_of_a_lost_rank(error: BaseException) -> bool:
+    """Whether an error is that of a collective operation, which another process did not take part in."""
+    classes = {kind.__name__ for kind in type(error).__mro__}
+    return bool(classes & set(_RANK_CLASSES)) or any(part in str(error) for part in _OF_RANKS)
 
 
 def _of_os(error: OSError, reason: str) -> str:
