@@ -66,6 +66,6 @@ def test_every_parameter_of_the_detector_learns(tiny):
     run = prepare(tiny(family="karkat"), resume=False)
     run.network.train()
     with EventStorage(0):
-        train_step(run, next(iter(run.loader)), 1e-4, 0)
+        train_step(run, next(iter(run.batches())), 1e-4)
     without = [name for name, p in run.model.named_parameters() if p.grad is None]
     assert without == []

@@ -106,7 +106,7 @@ def test_every_parameter_learns_under_bf16(short, monkeypatch, name):
     mlp.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
     run.network.train()
     with EventStorage(0):
-        losses, norm = train_step(run, next(iter(run.loader)), 1e-4, 0)
+        losses, norm = train_step(run, next(iter(run.batches())), 1e-4)
     assert types == [torch.bfloat16]
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert 0 < norm < float("inf")
