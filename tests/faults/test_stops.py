@@ -10,7 +10,7 @@ from tasks import MOMENTS, expected_exit, run_with_fault, same_results
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 STEPS = {"classification": 12, "detection": 6, "segmentation": 6}
 # How often a moment has passed when the signal comes: before the first checkpoint, or later.
-COUNTS = {"step": (1, 2, 3, 5), "save": (1, 2, 3), "evaluation": (1,)}
+COUNTS = {"step": (1, 2, 3, 4, 5), "save": (1, 2, 3, 4), "evaluation": (1,)}
 ALL = [(moment, count) for moment in MOMENTS for count in COUNTS[moment]]
 SHORT = {("step", 3), ("save", 2), ("evaluation", 1)}
 
